@@ -1,0 +1,283 @@
+"""The ``vitq::`` ops: schema, argument checks and fake of each, written once; backends only compute.
+
+Every op has a *plan*: a function of its arguments that checks them and says what comes out (shape and dtype). The fake
+allocates the plan's outputs; the real op runs the plan and then the chosen backend's function of the same name.
+What the numbers are: ``ops/reference.py``. An op that the chosen backend lacks raises BackendUnavailableError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq_kernels.ops.backends import (
+    BackendUnavailableError,
+    chosen_backend,
+    implementation,
+    use_backend,
+    weight_layout,
+)
+from vitq_kernels.ops.checks import (
+    FLOAT_DTYPES,
+    check_approximate,
+    check_devices,
+    check_tensor,
+    check_weight,
+    check_width,
+    describe,
+    fail,
+)
+from vitq_kernels.ops.reference import SEMANTICS_VERSION
+from vitq_kernels.packing import PackedWeight
+
+__all__ = ["SEMANTICS_VERSION", "BackendUnavailableError", "prepare_weight", "use_backend", "weight_layout"]
+
+Plan = list[tuple[Sequence[int], torch.dtype]]
+OPS: list[str] = []
+
+
+def prepare_weight(weight: PackedWeight) -> tuple[str, list[Tensor]]:
+    """The canonical packed weight in the layout that the chosen backend reads: (layout name, tensors)."""
+    module = chosen_backend("linear_codes", weight.data.device.type).load()
+    return module.WEIGHT_LAYOUT, module.prepare_weight(weight)
+
+
+def _op(schema: str, drop: tuple[str, ...] = ()) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:
+    """Registers ``vitq::<name of the plan>``; ``drop`` names arguments that only the plan sees."""
+
+    def register(plan: Callable[..., Plan]) -> Callable[..., Any]:
+        name = plan.__name__
+        qualified = f"vitq::{name}"
+        torch.library.define(qualified, schema)
+        OPS.append(name)
+        arguments = [word.split("=")[0].split()[-1] for word in schema.split(") ->")[0].strip("(").split(",")]
+        kept = [i for i, argument in enumerate(arguments) if argument not in drop]
+
+        def fake(*args: Any) -> Any:
+            outputs = tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in plan(*args))
+            return outputs[0] if len(outputs) == 1 else outputs
+
+        def real(*args: Any) -> Any:
+            plan(*args)
+            outputs = implementation(name, args[0].device.type)(*(args[i] for i in kept))
+            # As the fake says, whatever the strides of the inputs.
+            return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(t.contiguous() for t in outputs)
+
+        torch.library.register_fake(qualified, fake)
+        torch.library.impl(qualified, "default", real)
+        return getattr(torch.ops.vitq, name)
+
+    return register
+
+
+@_op("(Tensor x, Tensor inv_scale, Tensor zero_point, int bits) -> Tensor")
+def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Plan:
+    """Real activations [..., K] to int8 codes, per channel."""
+    check_tensor("quantize", "x", x, FLOAT_DTYPES, (..., "K"))
+    check_tensor("quantize", "inv_scale", inv_scale, torch.float32, (x.shape[-1],))
+    check_tensor("quantize", "zero_point", zero_point, torch.int32, (x.shape[-1],))
+    check_devices("quantize", x, inv_scale=inv_scale, zero_point=zero_point)
+    check_width("quantize", bits)
+    return [(x.shape, torch.int8)]
+
+
+@_op("(Tensor x) -> (Tensor, Tensor)")
+def quantize_per_token(x: Tensor) -> Plan:
+    """Real activations [..., K] to symmetric 8-bit codes and float32 scales [...]."""
+    check_tensor("quantize_per_token", "x", x, FLOAT_DTYPES, (..., "K"))
+    return [(x.shape, torch.int8), (x.shape[:-1], torch.float32)]
+
+
+def _check_layernorm(op: str, x: Tensor, gain: Tensor, offset: Tensor, names: tuple[str, str]) -> None:
+    check_tensor(op, "x", x, FLOAT_DTYPES, (..., "K"))
+    for argument, tensor in zip(names, (gain, offset), strict=True):
+        check_tensor(op, argument, tensor, torch.float32, (x.shape[-1],))
+        check_devices(op, x, **{argument: tensor})
+
+
+@_op("(Tensor x, Tensor gain, Tensor offset, float eps, int bits) -> Tensor")
+def layernorm(x: Tensor, gain: Tensor, offset: Tensor, eps: float, bits: int) -> Plan:
+    """LayerNorm of [..., K] straight to int8 codes."""
+    _check_layernorm("layernorm", x, gain, offset, ("gain", "offset"))
+    check_width("layernorm", bits)
+    return [(x.shape, torch.int8)]
+
+
+@_op("(Tensor x, Tensor residual, Tensor gain, Tensor offset, float eps, int bits) -> (Tensor, Tensor)")
+def add_layernorm(x: Tensor, residual: Tensor, gain: Tensor, offset: Tensor, eps: float, bits: int) -> Plan:
+    """``x + residual`` and its LayerNorm as int8 codes."""
+    _check_layernorm("add_layernorm", x, gain, offset, ("gain", "offset"))
+    check_tensor("add_layernorm", "residual", residual, x.dtype, tuple(x.shape))
+    check_devices("add_layernorm", x, residual=residual)
+    check_width("add_layernorm", bits)
+    return [(x.shape, x.dtype), (x.shape, torch.int8)]
+
+
+@_op("(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)")
+def layernorm_per_token(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Plan:
+    """LayerNorm of [..., K] to symmetric 8-bit codes and float32 scales [...]."""
+    _check_layernorm("layernorm_per_token", x, weight, bias, ("weight", "bias"))
+    return [(x.shape, torch.int8), (x.shape[:-1], torch.float32)]
+
+
+def _check_linear(op: str, a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, **rows: Tensor) -> list:
+    """The checks that all linear ops share; ``rows`` are further int32 vectors [N]. Returns the output shape."""
+    check_tensor(op, "multiplier", multiplier, torch.float32, ("N",))
+    n = multiplier.shape[0]
+    check_weight(op, a, weight, layout, n)
+    for argument, tensor in rows.items():
+        check_tensor(op, argument, tensor, torch.int32, (n,))
+    check_devices(op, a, multiplier=multiplier, **rows)
+    return [*a.shape[:-1], n]
+
+
+_LINEAR = "(Tensor a, Tensor[] weight, str layout, Tensor multiplier, Tensor bias_q"
+
+
+@_op(f"{_LINEAR}, Tensor zero_point, int bits) -> Tensor", drop=("layout",))
+def linear_codes(
+    a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, zero_point: Tensor, bits: int
+) -> Plan:
+    """Integer linear [..., K] x [N, K] to int8 codes [..., N]."""
+    shape = _check_linear("linear_codes", a, weight, layout, multiplier, bias_q=bias_q, zero_point=zero_point)
+    check_width("linear_codes", bits)
+    return [(shape, torch.int8)]
+
+
+@_op(f"{_LINEAR}, Tensor inv_scale, Tensor zero_point, int bits, str approximate) -> Tensor", drop=("layout",))
+def linear_gelu_codes(
+    a: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    multiplier: Tensor,
+    bias_q: Tensor,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    approximate: str,
+) -> Plan:
+    """Integer linear, GELU, int8 codes [..., N]."""
+    op = "linear_gelu_codes"
+    shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q, zero_point=zero_point)
+    check_tensor(op, "inv_scale", inv_scale, torch.float32, (shape[-1],))
+    check_devices(op, a, inv_scale=inv_scale)
+    check_width(op, bits)
+    check_approximate(op, approximate)
+    return [(shape, torch.int8)]
+
+
+@_op(f"{_LINEAR}, Tensor inv_scale, Tensor thresholds, Tensor levels, str approximate) -> Tensor", drop=("layout",))
+def linear_gelu_levels(
+    a: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    multiplier: Tensor,
+    bias_q: Tensor,
+    inv_scale: Tensor,
+    thresholds: Tensor,
+    levels: Tensor,
+    approximate: str,
+) -> Plan:
+    """Integer linear, GELU, int8 levels [..., N] of a non-uniform quantizer."""
+    op = "linear_gelu_levels"
+    shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
+    check_tensor(op, "inv_scale", inv_scale, torch.float32, (shape[-1],))
+    check_tensor(op, "levels", levels, torch.int8, ("L",))
+    check_tensor(op, "thresholds", thresholds, torch.float32, (levels.shape[0] - 1,))
+    check_devices(op, a, inv_scale=inv_scale, thresholds=thresholds, levels=levels)
+    check_approximate(op, approximate)
+    return [(shape, torch.int8)]
+
+
+def _check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+    if out_dtype not in FLOAT_DTYPES:
+        fail(op, "out_dtype", "float32, float16 or bfloat16", out_dtype)
+
+
+@_op(f"{_LINEAR}, ScalarType out_dtype) -> Tensor", drop=("layout",))
+def linear_real(
+    a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, out_dtype: torch.dtype
+) -> Plan:
+    """Integer linear to real units [..., N]."""
+    _check_out_dtype("linear_real", out_dtype)
+    return [(_check_linear("linear_real", a, weight, layout, multiplier, bias_q=bias_q), out_dtype)]
+
+
+@_op(f"{_LINEAR}, Tensor residual) -> Tensor", drop=("layout",))
+def linear_residual(
+    a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, residual: Tensor
+) -> Plan:
+    """Integer linear added to a residual [..., N] (or one that broadcasts, such as a position embedding)."""
+    op = "linear_residual"
+    shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
+    check_tensor(op, "residual", residual, FLOAT_DTYPES, tuple(shape[len(shape) - residual.dim() :]))
+    check_devices(op, a, residual=residual)
+    return [(shape, residual.dtype)]
+
+
+@_op(
+    "(Tensor a, Tensor token_scale, Tensor[] weight, str layout, Tensor multiplier, Tensor? bias, "
+    "ScalarType out_dtype) -> Tensor",
+    drop=("layout",),
+)
+def linear_per_token(
+    a: Tensor,
+    token_scale: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    multiplier: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Plan:
+    """Integer linear of dynamically quantized tokens to real units [..., N]."""
+    op = "linear_per_token"
+    shape = _check_linear(op, a, weight, layout, multiplier)
+    check_tensor(op, "token_scale", token_scale, torch.float32, tuple(a.shape[:-1]))
+    if bias is not None:
+        check_tensor(op, "bias", bias, torch.float32, (shape[-1],))
+    check_devices(op, a, token_scale=token_scale, bias=bias)
+    _check_out_dtype(op, out_dtype)
+    return [(shape, out_dtype)]
+
+
+@_op(
+    "(Tensor q, Tensor k, Tensor v, Tensor kappa, Tensor levels, Tensor multiplier, Tensor zero_point, "
+    "Tensor? bias_q, int bits) -> Tensor"
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    levels: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor,
+    bias_q: Tensor | None,
+    bits: int,
+) -> Plan:
+    """Log2-quantized softmax attention of codes [B, H, S, D] to codes [B, S, H * D]."""
+    op = "attention"
+    check_tensor(op, "q", q, torch.int8, ("B", "H", "S", "D"))
+    b, h, s, d = q.shape
+    if s == 0:
+        fail(op, "q", "int8 [B, H, S, D] with S > 0", describe(q))
+    for argument, tensor in (("k", k), ("v", v)):
+        check_tensor(op, argument, tensor, torch.int8, (b, h, s, d))
+    check_tensor(op, "kappa", kappa, torch.float32, (h,))
+    check_tensor(op, "levels", levels, torch.uint8, (h, "L"))
+    if levels.shape[1] not in (4, 8, 16, 32, 64, 128, 256):
+        fail(op, "levels", "uint8 [H, 2^b] with b in 2..8", list(levels.shape))
+    check_tensor(op, "multiplier", multiplier, torch.float32, (h, d))
+    check_tensor(op, "zero_point", zero_point, torch.int32, (h, d))
+    if bias_q is not None:
+        fits = bias_q.dim() == 4 and all(x in (1, y) for x, y in zip(bias_q.shape, (b, h, s, s), strict=True))
+        if bias_q.dtype != torch.int32 or not fits:
+            fail(op, "bias_q", f"int32, broadcasting to {[b, h, s, s]}", f"{bias_q.dtype} {list(bias_q.shape)}")
+    check_devices(
+        op, q, k=k, v=v, kappa=kappa, levels=levels, multiplier=multiplier, zero_point=zero_point, bias_q=bias_q
+    )
+    check_width(op, bits)
+    return [([b, s, h * d], torch.int8)]
