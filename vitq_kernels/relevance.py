@@ -1,0 +1,292 @@
+"""How much of a decision passes through each site, and through each output row of a linear: layer-wise relevance.
+
+The model's parts are run once in the functions of a composite (lrp_rules.py), and one backward carries the relevance of
+one logit from the head to the pixels. Nothing in the model is patched, hooked or changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitq_kernels.lrp_rules import COMPOSITES, Composite
+from vitq_kernels.models import BlockParts, UnsupportedModelError, VitParts, vit_parts, vit_sites
+from vitq_kernels.spec import Site
+
+Method = Literal["attnlrp", "chefer"]
+Tokens = Literal["image", "class", "all"]
+# Called with a site's name, its relevance, and how many of its tokens stand before the patch tokens. Tokens lie along
+# dimension -2: [B, S, N] at linears and av (S = P at the patch embedding), [B, H, S, S] at qk; heads have none: [B, N].
+Visit = Callable[[str, Tensor, int], None]
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Relevance per site, averaged over images. Every number is taken at the OUTPUT of the site.
+
+    Sites are those of ``vit_sites``: qk is the score matrix before softmax, av the attention output before ``proj``.
+    """
+
+    method: Method
+    tokens: Tokens  # which tokens were counted (rows of query tokens at qk); heads have no tokens and always count
+    images: int
+    flow: Mapping[str, float]  # Σ|R| at the site over Σ|R| at the logits, per image (methods.md 1.2, D2)
+    mean_score: Mapping[str, float]  # mean of the signed R, over Σ_sites |mean| (D1, LRP-QViT's literal score)
+    row_flow: Mapping[str, Sequence[float]]  # flow of each output row of each linear; a site's rows add up to its flow
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, tuple(COMPOSITES))
+        _check_choice("tokens", self.tokens, get_args(Tokens))
+        if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:
+            raise ValueError(f"Relevance.images must be a positive integer, got {self.images!r}")
+        object.__setattr__(self, "row_flow", {name: tuple(rows) for name, rows in self.row_flow.items()})
+        if list(self.flow) != list(self.mean_score) or not set(self.row_flow) <= set(self.flow):
+            raise ValueError("Relevance.flow, mean_score and row_flow must name the same sites in the same order")
+        for argument, signed, values in (
+            ("flow", False, self.flow.items()),
+            ("mean_score", True, self.mean_score.items()),
+            ("row_flow", False, ((name, value) for name, rows in self.row_flow.items() for value in rows)),
+        ):
+            for name, value in values:
+                if not isinstance(value, float | int) or not math.isfinite(value) or (value < 0 and not signed):
+                    kind = "a finite number" if signed else "a finite number >= 0"
+                    raise ValueError(f"Relevance.{argument} of {name} must be {kind}, got {value!r}")
+
+    def to_json(self) -> str:
+        """JSON text that ``from_json`` reads back to an equal object."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Relevance:
+        """Reads ``to_json`` text; raises ValueError that says what is wrong with it."""
+        try:
+            payload = json.loads(text)
+            return cls(**{f.name: payload[f.name] for f in fields(cls)})
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a relevance: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        lines = [f"{self.method} relevance, {self.tokens} tokens, {self.images} images"]
+        lines.append(f"{'site':24} {'flow':>10} {'mean score':>11} {'rows':>6} {'in top 10% of rows':>19}")
+        for name, flow in self.flow.items():
+            rows = sorted(self.row_flow.get(name, ()), reverse=True)
+            top = f"{sum(rows[: -(-len(rows) // 10)]) / flow:.0%}" if rows and flow else "-"
+            lines.append(f"{name:24} {flow:10.4g} {self.mean_score[name]:11.3g} {len(rows) or '-':>6} {top:>19}")
+        return "\n".join(lines)
+
+
+def relevance(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    *,
+    method: Method = "attnlrp",
+    batch_size: int = 16,
+    tokens: Tokens = "all",
+    labels: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Relevance:
+    """Relevance of every site, and of every output row of every linear, for the decisions on ``images``.
+
+    Args:
+        model: a timm VisionTransformer of float32 or float64 weights, every block of which is supported. Its
+            parameters, buffers, gradients, flags and hooks come back as they were; dropout is off during the run.
+        images: normalised images, float [n, C, H, W], or an iterable of such batches; held in memory. Every image is
+            attributed by itself: neither batches nor their order change its relevance beyond float rounding.
+        method: "attnlrp" (Achtibat et al. 2024), relevance = value x modified gradient, starting from the logit; or
+            "chefer" (Chefer et al. 2021, the rules LRP-QViT uses), starting from 1 at the logit.
+        batch_size: images of one pass, positive.
+        tokens: "image" counts patch tokens, "class" the class, distillation and register tokens, "all" both. The patch
+            embedding has patch tokens only.
+        labels: integers [n], the class whose logit is explained; None for the model's own decision, the largest logit.
+            A flow is a fraction of that logit, so a label whose logit is near 0 weighs its image heavily.
+        progress: called after each pass with the images done and their total.
+
+    Raises:
+        UnsupportedModelError: a part of the model has no rule, or there is no classifier; the message names the part.
+        ValueError: another argument is not as above; the message names it.
+    """
+    rules = COMPOSITES[_check_choice("method", method, tuple(COMPOSITES))]
+    _check_choice("tokens", tokens, get_args(Tokens))
+    parts = vit_parts(model, strict=True)
+    weight = parts.patch_proj.weight
+    if not parts.heads:
+        raise UnsupportedModelError("head: the model has no classifier; relevance starts from a logit")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"relevance: model must have float32 or float64 weights, got {weight.dtype}")
+    if tokens == "class" and parts.prefix_tokens == 0:
+        raise ValueError("relevance: tokens must be 'image' or 'all' for a model without a class token, got 'class'")
+    batches = _batches(images, parts.patch_proj.in_channels, batch_size)
+    count = sum(len(batch) for batch in batches)
+    classes = next(iter(parts.heads.values())).out_features
+    if labels is not None:
+        _check_labels(labels, count, classes)
+    done = 0
+    # A caller's no_grad, inference_mode or autocast must not reach the pass; inference_mode(False) also ends no_grad.
+    with _eval_mode(model), torch.inference_mode(False), torch.autocast(weight.device.type, enabled=False):
+        totals = _Totals(vit_sites(model), tokens)
+        for batch in batches:
+            pixels = batch.detach().to(weight.device, weight.dtype, copy=True).requires_grad_()
+            logits = run_with_rules(parts, rules, pixels, totals.add)
+            chosen = logits.argmax(1) if labels is None else labels[done : done + len(batch)].to(weight.device)
+            start = F.one_hot(chosen.long(), classes).to(weight.dtype)
+            totals.start = rules.relevance(logits.detach(), start).abs().sum(1)
+            torch.autograd.grad(logits, pixels, start)  # the sites are visited on the way
+            done += len(batch)
+            if progress is not None:
+                progress(done, count)
+    return totals.result(method, count)
+
+
+def run_with_rules(parts: VitParts, rules: Composite, images: Tensor, visit: Visit) -> Tensor:
+    """Logits [B, classes] of the model, in functions whose backward is the relevance rule.
+
+    ``torch.autograd.grad(logits, images, start)`` then calls ``visit`` at every site, from the head to the patch
+    embedding, and returns what flows back to the pixels (``rules.relevance(images, ...)`` is their relevance).
+
+    Args:
+        parts: of a model in eval mode; its weights are constants here.
+        rules: one function for every operation.
+        images: normalised, of the weights' dtype, [B, C, H, W], requiring grad.
+        visit: see ``Visit``.
+    """
+
+    def site(name: str, output: Tensor, prefix: int = parts.prefix_tokens) -> Tensor:
+        value = output.detach()  # the hook of a tensor must not hold that tensor: the cycle would outlive the call
+
+        def hook(flowed: Tensor) -> None:  # what a hook returns would replace the flow
+            visit(name, rules.relevance(value, flowed), prefix)
+
+        output.register_hook(hook)
+        return output
+
+    norms = parts.norms
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        module = norms[name]
+        if isinstance(module, nn.Identity):
+            return x
+        if not isinstance(module, nn.LayerNorm):
+            raise UnsupportedModelError(f"{name}: {type(module).__name__} has no relevance rule")
+        return rules.layer_norm(x, module)
+
+    def read_by(head: str) -> Callable[[Tensor], Tensor]:
+        return lambda tokens: parts.head_inputs(tokens)[head]
+
+    features = rules.patch_embed(parts.pixels(images), parts.patch_proj)
+    grid = (features.shape[-2], features.shape[-1])
+    x = norm("patch_embed.norm", site("patch_embed.proj", features.flatten(2).transpose(1, 2), 0))
+    with torch.no_grad():  # what is added to patches of zeros: the prefix tokens and the position embedding
+        constant = parts.embed(torch.zeros_like(x), grid)
+    # The sums of Chefer's Add run over the patch tokens; in Chefer's code also over the class token, which is constant.
+    patches = rules.add(x, constant[:, -x.shape[1] :])
+    x = norm("norm_pre", torch.cat([constant[:, : -x.shape[1]], patches], dim=1))
+    for block in parts.blocks:
+        x = _block(rules, block, x, site)
+    x = norm("norm", x)
+    outputs = []
+    for name, head in parts.heads.items():
+        pooled = norm("fc_norm", rules.pool(x, read_by(name)))
+        if pooled.ndim != 2:
+            raise UnsupportedModelError("global_pool: a model that does not pool its tokens has no logit to start from")
+        outputs.append(site(name, rules.linear(pooled, head)))
+    return outputs[0] if len(outputs) == 1 else rules.scale(reduce(rules.add, outputs), 1 / len(outputs))
+
+
+def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
+    y = rules.layer_norm(x, block.norm1)
+    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, block.qkv))
+    q, k, v = qkv.unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
+    scores = site(f"{block.name}.attn.qk", rules.matmul(q, k.mT))
+    y = rules.matmul(rules.softmax(rules.scale(scores, block.softmax_scale)), v)
+    y = site(f"{block.name}.attn.av", y.transpose(1, 2).flatten(2))
+    y = site(f"{block.name}.attn.proj", rules.linear(y, block.proj))
+    x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
+    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), block.fc1))
+    y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, block.gelu), block.fc2))
+    return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))
+
+
+class _Totals:
+    """Sums over images of what ``Relevance`` reports, in float64."""
+
+    def __init__(self, sites: Sequence[Site], tokens: Tokens) -> None:
+        self.tokens = tokens
+        self.start = torch.empty(0)  # [B], Σ|R| at the logits of the batch at hand
+        self.flow = dict.fromkeys((site.name for site in sites), 0.0)
+        self.mean = dict(self.flow)
+        self.rows = {site.name: torch.zeros(site.rows, dtype=torch.float64) for site in sites if site.has_weight}
+
+    def add(self, name: str, relevance: Tensor, prefix: int) -> None:
+        if relevance.ndim > 2 and self.tokens != "all":
+            counted = slice(prefix, None) if self.tokens == "image" else slice(0, prefix)
+            relevance = relevance[..., counted, :]
+        rows = relevance.abs().flatten(1, -2).sum(1) if relevance.ndim > 2 else relevance.abs()
+        start = self.start[:, None].double().cpu()
+        flow = torch.where(start > 0, rows.double().cpu() / start, 0.0).sum(0)
+        self.flow[name] += float(flow.sum())
+        if name in self.rows:
+            self.rows[name] += flow
+        if relevance.numel():  # no class token among the patches: 0
+            self.mean[name] += float(relevance.flatten(1).mean(1).double().sum())
+
+    def result(self, method: Method, images: int) -> Relevance:
+        scale = sum(abs(value) for value in self.mean.values()) or 1.0
+        return Relevance(
+            method,
+            self.tokens,
+            images,
+            {name: value / images for name, value in self.flow.items()},
+            {name: value / scale for name, value in self.mean.items()},
+            {name: tuple((rows / images).tolist()) for name, rows in self.rows.items()},
+        )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"relevance: {argument} must be one of {choices}, got {value!r}")
+    return str(value)
+
+
+def _check_labels(labels: Tensor, count: int, classes: int) -> None:
+    if labels.is_floating_point() or labels.shape != (count,):
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"relevance: labels must be integers [{count}], one an image, got {got}")
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"relevance: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+
+
+def _batches(images: Tensor | Iterable[Tensor], channels: int, batch_size: int) -> list[Tensor]:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"relevance: batch_size must be a positive integer, got {batch_size!r}")
+    result = []
+    for index, batch in enumerate([images] if isinstance(images, Tensor) else images):
+        name = "images" if isinstance(images, Tensor) else f"images[{index}]"
+        if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.shape[1:-2] != (channels,):
+            got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"relevance: {name} must be a float tensor [n, {channels}, H, W], got {got}")
+        if not bool(torch.isfinite(batch).all()):
+            raise ValueError(f"relevance: {name} must be finite, got NaN or Inf")
+        result += [part for part in batch.split(batch_size) if len(part)]
+    if not result:
+        raise ValueError("relevance: images must hold at least one image, got none")
+    return result
