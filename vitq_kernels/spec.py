@@ -322,11 +322,12 @@ class QuantConfig:
 
     observer: Observer | None = None  # range of every activation; None: min-max from 6 bits on, least squares below
     percentile: float = 0.9999  # used by observer="percentile"
-    # How far a weight's columns follow the scales of its input channels (methods.md 1.4), after LayerNorm, GELU and
-    # attention: 1 is channel-wise, 0 per tensor.
+    # How far a weight's columns follow the scales of its input channels (methods.md 1.4), after LayerNorm, GELU,
+    # attention and pooling: 1 is channel-wise, 0 per tensor.
     reparam_exponent: float = 0.5
     gelu_exponent: float = 0.75
     value_exponent: float = 0.5
+    head_exponent: float = 0.5
     class_token_weight: float = 2.0  # of the tokens that the classifier reads, in the second moments (methods.md 11)
     gptq: bool = True  # round weights against the calibrated inputs' second moments instead of to nearest
     bias_correction: bool = True  # shift biases by the mean output error on the calibration images

@@ -1,0 +1,120 @@
+"""The backend axis, the closed list of skip reasons, and one line that says what was exercised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Every reason to skip, and whether --require-cuda forbids it. A test that skips for another reason fails.
+SKIP_REASONS = {
+    "no GPU": True,
+    "cuda not built": True,
+    "VITQ_ASSETS is not set": False,
+}
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "no GPU"
+
+
+@dataclass(frozen=True)
+class BackendCase:
+    """A row of the backend axis."""
+
+    label: str
+    name: str  # as use_backend knows it
+    device: str
+    unavailable: Callable[[], str | None]  # a key of SKIP_REASONS, or None where it runs
+    reference_floats: bool  # runs the reference's own float code on the CPU: bounded ops are bit-identical too
+
+
+BACKEND_CASES = (
+    BackendCase("reference", "reference", "cpu", lambda: None, reference_floats=True),
+    BackendCase("cpu", "cpu", "cpu", lambda: None, reference_floats=True),
+    BackendCase("reference-on-cuda", "reference", "cuda", _no_gpu, reference_floats=False),
+)
+
+
+@pytest.fixture(params=BACKEND_CASES, ids=lambda case: case.label)
+def backend(request: pytest.FixtureRequest) -> BackendCase:
+    """Each backend in turn; skips where it cannot run."""
+    case: BackendCase = request.param
+    request.node.user_properties.append(("backend", case.label))
+    reason = case.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return case
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with the real ViT-Tiny and its images."""
+    if "VITQ_ASSETS" not in os.environ:
+        pytest.skip("VITQ_ASSETS is not set")
+    return Path(os.environ["VITQ_ASSETS"])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-cuda", action="store_true", help="fail a test that is skipped for lack of CUDA")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Small tensors: a second thread costs more than it gives, 3 to 5 times where the cores are shared.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+
+def skip_problem(reason: str, require_cuda: bool) -> str | None:
+    """Why a skip is not allowed, or None."""
+    if reason not in SKIP_REASONS:
+        return f"skipped for a reason that conftest.SKIP_REASONS does not list: {reason}"
+    if require_cuda and SKIP_REASONS[reason]:
+        return f"--require-cuda forbids to skip: {reason}"
+    return None
+
+
+def _skip_reason(report: Any) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return str(text).removeprefix("Skipped: ")
+
+
+def _judge_skip(report: Any, config: pytest.Config) -> Any:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        problem = skip_problem(_skip_reason(report), config.getoption("--require-cuda"))
+        if problem is not None:
+            report.outcome, report.longrepr = "failed", problem
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    return _judge_skip((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    return _judge_skip((yield), collector.config)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    exercised: set[str] = set()
+    skipped: dict[str, str] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for key, label in getattr(report, "user_properties", ()):
+                if key == "backend" and outcome == "skipped":
+                    skipped[label] = _skip_reason(report)
+                elif key == "backend" and report.when == "call":
+                    exercised.add(label)
+    labels = [case.label for case in BACKEND_CASES]
+    run = [label for label in labels if label in exercised]
+    left = [f"{label} ({skipped[label]})" for label in labels if label in skipped and label not in exercised]
+    if run or left:
+        terminalreporter.write_line(
+            f"backends exercised: {', '.join(run) or 'none'}; skipped: {', '.join(left) or 'none'}"
+        )

@@ -1,0 +1,149 @@
+"""Bad input to the ops: every argument, one by one: the message names op, argument, expected, got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conformance import Case, op_arguments
+from tests.op_cases import SAMPLES
+from vitq_kernels.packing import PackedWeight
+
+TENSOR_ARGUMENTS = [
+    (case, name)
+    for case in SAMPLES.values()
+    for name, value in case.arguments.items()
+    if isinstance(value, Tensor | PackedWeight)
+]
+FIRST = ("x", "a", "q")  # sets the sizes and the device of the others
+
+
+def each_argument(but: tuple[tuple[str, str], ...] = (), first: bool = True) -> pytest.MarkDecorator:
+    kept = [(c, n) for c, n in TENSOR_ARGUMENTS if (c.op, n) not in but and (first or n not in FIRST)]
+    return pytest.mark.parametrize(("case", "name"), kept, ids=[f"{case.op}-{name}" for case, name in kept])
+
+
+def call_with(op: str, **changes: Any) -> Any:
+    """The op on good arguments but for ``changes``: new values, or functions of the old; ``weight`` is a list."""
+    function = getattr(torch.ops.vitq, op)
+    names = [argument.name for argument in function.default._schema.arguments]
+    arguments = dict(zip(names, op_arguments(SAMPLES[op]), strict=True))
+    assert set(changes) <= set(names)
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    return function(**arguments)
+
+
+def on_each(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda value: [change(t) for t in value] if isinstance(value, list) else change(value)
+
+
+@pytest.mark.parametrize("op", SAMPLES)
+def test_the_arguments_are_good_as_they_are(op: str) -> None:
+    call_with(op)
+
+
+@each_argument()
+def test_a_wrong_dtype_is_refused(case: Case, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{case.op}: {name} must be .*, got .*float64"):
+        call_with(case.op, **{name: on_each(Tensor.double)})
+
+
+@each_argument()
+def test_a_wrong_rank_is_refused(case: Case, name: str) -> None:
+    def change(tensor: Tensor) -> Tensor:
+        return tensor.expand(2, 2, 2, *tensor.shape) if name == "residual" else tensor.flatten()[0]
+
+    with pytest.raises(ValueError, match=rf"^vitq::{case.op}: {name} must be .*, got "):
+        call_with(case.op, **{name: on_each(change)})
+
+
+@each_argument(but=(("quantize_per_token", "x"),))
+def test_a_wrong_size_is_refused(case: Case, name: str) -> None:
+    # The first argument sets the sizes, so there the message names one that does not follow.
+    def change(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor[..., :1]], -1)
+
+    named = r"\w+" if name in (*FIRST, "multiplier", "levels") else name
+    with pytest.raises(ValueError, match=rf"^vitq::{case.op}: {named} must be .*, got "):
+        call_with(case.op, **{name: on_each(change)})
+
+
+@each_argument(first=False)
+def test_another_device_is_refused(case: Case, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{case.op}: {name} must be on cpu, got meta$"):
+        call_with(case.op, **{name: on_each(lambda t: t.to("meta"))})
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 64])
+@pytest.mark.parametrize("op", [op for op, case in SAMPLES.items() if "bits" in case.arguments])
+def test_a_width_outside_2_to_8_is_refused(op: str, bits: int) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{op}: bits must be an integer in 2\.\.8, got {bits}$"):
+        call_with(op, bits=bits)
+
+
+@pytest.mark.parametrize("op", [op for op, case in SAMPLES.items() if "approximate" in case.arguments])
+def test_an_unknown_gelu_is_refused(op: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{op}: approximate must be 'none' or 'tanh', got 'erf'$"):
+        call_with(op, approximate="erf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int32], ids=str)
+@pytest.mark.parametrize("op", [op for op, case in SAMPLES.items() if "out_dtype" in case.arguments])
+def test_an_output_that_is_no_float_of_ours_is_refused(op: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{op}: out_dtype must be float32, float16 or bfloat16, got {dtype}"):
+        call_with(op, out_dtype=dtype)
+
+
+LINEAR_OPS = [op for op, case in SAMPLES.items() if "weight" in case.arguments and "a" in case.arguments]
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_an_unknown_weight_layout_is_refused(op: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{op}: layout must be .*, got 'int8_columns'$"):
+        call_with(op, layout="int8_columns")
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_wrong_number_of_weight_tensors_is_refused(op: str, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{op}: weight must be .*, got {count} tensors$"):
+        call_with(op, weight=lambda tensors: count * tensors)
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 512])
+def test_a_level_table_that_is_no_power_of_two_from_4_to_256_is_refused(count: int) -> None:
+    levels = torch.ones(3, count, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^vitq::attention: levels must be uint8 \[H, 2\^b\] with b in 2\.\.8, got"):
+        call_with("attention", levels=levels)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 49, 49), (1, 2, 49, 49), (1, 3, 49, 48), (3, 49, 49)], ids=str)
+def test_an_attention_bias_that_does_not_broadcast_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"bias_q must be int32, broadcasting to \[1, 3, 49, 49\], got"):
+        call_with("attention", bias_q=torch.zeros(shape, dtype=torch.int32))
+
+
+def test_attention_over_no_tokens_is_refused() -> None:
+    def none(tensor: Tensor) -> Tensor:
+        return tensor[:, :, :0]
+
+    with pytest.raises(ValueError, match=r"q must be int8 \[B, H, S, D\] with S > 0, got int8 \[1, 3, 0, 32\]"):
+        call_with("attention", q=none, k=none, v=none, bias_q=None)
+
+
+def test_messages_show_dtypes_and_shapes() -> None:
+    with pytest.raises(ValueError, match=r"^vitq::linear_codes: bias_q must be int32 \[72\], got int32 \[71\]$"):
+        call_with("linear_codes", bias_q=lambda t: t[1:])
+    with pytest.raises(
+        ValueError, match=r"^vitq::quantize: x must be float32/float16/bfloat16 \[\.\.\., K\], got int32 "
+    ):
+        call_with("quantize", x=lambda t: t.int())
+    with pytest.raises(
+        ValueError, match=r"^vitq::linear_codes: weight must be int8 \[72, 147\], got int8 \[72, 146\]$"
+    ):
+        call_with("linear_codes", weight=lambda tensors: [tensors[0][:, 1:]])

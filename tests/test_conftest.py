@@ -1,0 +1,52 @@
+"""The closed list of skip reasons, --require-cuda and the summary line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import BACKEND_CASES, SKIP_REASONS, skip_problem
+
+
+@pytest.mark.parametrize("reason", SKIP_REASONS)
+def test_listed_reasons_may_skip(reason: str) -> None:
+    assert skip_problem(reason, require_cuda=False) is None
+
+
+@pytest.mark.parametrize("reason", ["under experimentation", "no gpu", ""])
+def test_other_reasons_may_not(reason: str) -> None:
+    assert "does not list" in skip_problem(reason, require_cuda=False)
+
+
+def test_require_cuda_forbids_what_concerns_cuda_only() -> None:
+    assert skip_problem("no GPU", require_cuda=True) == "--require-cuda forbids to skip: no GPU"
+    assert skip_problem("VITQ_ASSETS is not set", require_cuda=True) is None
+
+
+def test_backend_rows_skip_for_listed_reasons() -> None:
+    assert {case.unavailable() for case in BACKEND_CASES} - {None} <= set(SKIP_REASONS)
+
+
+def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    (tmp_path / "test_planted.py").write_text(
+        "import pytest\n"
+        "def test_on(backend): pass\n"
+        "def test_whim(): pytest.skip('a whim')\n"
+        "@pytest.mark.skip(reason='another whim')\n"
+        "def test_marked(): pass\n"
+    )
+    checkout = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "--require-cuda", "-c", "/dev/null", "--rootdir", str(tmp_path)]
+    run = subprocess.run(
+        [*command, "-p", "no:cacheprovider", str(tmp_path)], cwd=checkout, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1
+    assert "does not list: a whim" in run.stdout
+    assert "does not list: another whim" in run.stdout
+    assert ("--require-cuda forbids to skip: no GPU" in run.stdout) != torch.cuda.is_available()
+    assert "\nbackends exercised: reference, cpu" in run.stdout
