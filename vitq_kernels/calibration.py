@@ -1,0 +1,239 @@
+"""Ranges of every activation, from a few images: hooks that watch the float model and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vitq_kernels.models import BlockParts, vit_parts
+from vitq_kernels.observers import ChannelSample, InputMoments, RangeStats, tau_errors
+
+SAMPLE_TOKENS = 4096  # tokens kept per tensor for percentiles: 126 MB a block of ViT-B
+ATTENTION_IMAGES = 8  # images kept whole for the choice of tau
+_RANGE_GROUPS = ("inputs", "qkv")
+_TENSOR_GROUPS = ("output_mean", "tau_error")
+
+
+@dataclass(frozen=True)
+class CalibrationStats:
+    """What conversion needs to know of the float model's activations. Keys are site names."""
+
+    inputs: Mapping[str, RangeStats]  # of each linear, per input channel; image channels for the patch embedding
+    output_mean: Mapping[str, Tensor]  # of each linear, float32 [N], over all tokens and images
+    qkv: Mapping[str, RangeStats]  # of each qkv linear's output, [3 * H * D]
+    tau_error: Mapping[str, Tensor]  # of each av site, [len(WIDTHS), steps, H], output error per log2_steps entry
+    images: int = 0
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        tensors = {}
+        for group in _RANGE_GROUPS:
+            for name, stats in getattr(self, group).items():
+                for part in ("low", "high", "error"):
+                    tensors[f"{group}/{name}/{part}"] = getattr(stats, part).contiguous()
+        for group in _TENSOR_GROUPS:
+            for name, tensor in getattr(self, group).items():
+                tensors[f"{group}/{name}"] = tensor.contiguous()
+        save_file(tensors, str(path), {"images": str(self.images)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationStats:
+        """The inverse of ``save``."""
+        with safe_open(str(path), framework="pt") as file:
+            images = int(file.metadata()["images"])
+        groups: dict[str, dict[str, Any]] = {g: {} for g in _RANGE_GROUPS + _TENSOR_GROUPS}
+        for key, tensor in load_file(str(path)).items():
+            group, name, *part = key.split("/")
+            if part:
+                groups[group].setdefault(name, {})[part[0]] = tensor
+            else:
+                groups[group][name] = tensor
+        for group in _RANGE_GROUPS:
+            groups[group] = {name: RangeStats(**parts) for name, parts in groups[group].items()}
+        return cls(**groups, images=images)
+
+    def __str__(self) -> str:
+        lines = [f"calibrated on {self.images} images", f"{'input of':24} {'lowest':>10} {'highest':>10}"]
+        for name, stats in self.inputs.items():
+            lines.append(f"{name:24} {stats.low.min().item():10.4g} {stats.high.max().item():10.4g}")
+        return "\n".join(lines)
+
+
+class Calibrator:
+    """Context manager that watches every forward of a float VisionTransformer.
+
+    ::
+
+        with Calibrator(model) as calibrator:
+            model(images)
+        stats = calibrator.stats()
+
+    The model comes back untouched: hooks go with the context, also on an exception; weights are only read.
+    """
+
+    def __init__(self, model: nn.Module, *, expected_images: int = 64, seed: int = 0) -> None:
+        self.parts = vit_parts(model)
+        self.seen = 0
+        self._keep = max(1, SAMPLE_TOKENS // max(1, expected_images))  # tokens of an image
+        self._generator = torch.Generator().manual_seed(seed)
+        self._inputs: dict[str, ChannelSample] = {}
+        self._outputs: dict[str, ChannelSample] = {}
+        self._whole_qkv: dict[str, list[Tensor]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Calibrator:
+        parts = self.parts
+        self._watch(parts.patch_proj, "patch_embed.proj")
+        for block in parts.blocks:
+            for suffix, module in block_linears(block):
+                self._watch(module, f"{block.name}.{suffix}", whole=suffix == "attn.qkv")
+        for name, head in parts.heads.items():
+            self._watch(head, name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, module: nn.Module, name: str, whole: bool = False) -> None:
+        image = isinstance(module, nn.Conv2d)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x, y = args[0].detach().float(), out.detach().float()
+            keep = self._keep * x.shape[0]
+            if image:
+                self.seen += x.shape[0]
+                x, y = x.movedim(1, -1), y.movedim(1, -1)
+            if whole:
+                kept = self._whole_qkv.setdefault(name, [])
+                kept.append(y[: max(0, ATTENTION_IMAGES - sum(t.shape[0] for t in kept))])
+            self._sample(self._inputs, name, x).add(x.flatten(0, -2), keep, self._generator)
+            self._sample(self._outputs, name, y).add(y.flatten(0, -2), keep if whole else 0, self._generator)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    @staticmethod
+    def _sample(samples: dict[str, ChannelSample], name: str, x: Tensor) -> ChannelSample:
+        if name not in samples:
+            samples[name] = ChannelSample.empty(x.shape[-1], x.device)
+        return samples[name]
+
+    def stats(self) -> CalibrationStats:
+        """What was seen so far.
+
+        Raises:
+            ValueError: nothing was.
+        """
+        if not self.seen:
+            raise ValueError("calibration: at least one image must be seen, got 0")
+        tau = {
+            f"{block.name}.attn.av": tau_errors(
+                torch.cat(self._whole_qkv[f"{block.name}.attn.qkv"]), block.num_heads, block.softmax_scale
+            )
+            for block in self.parts.blocks
+        }
+        return CalibrationStats(
+            inputs={name: sample.ranges() for name, sample in self._inputs.items()},
+            output_mean={name: sample.mean for name, sample in self._outputs.items()},
+            qkv={name: self._outputs[name].ranges() for name in self._whole_qkv},
+            tau_error=tau,
+            images=self.seen,
+        )
+
+
+def block_linears(block: BlockParts) -> Iterator[tuple[str, nn.Linear]]:
+    """The four linears of a block under their timm names."""
+    yield "attn.qkv", block.qkv
+    yield "attn.proj", block.proj
+    yield "mlp.fc1", block.fc1
+    yield "mlp.fc2", block.fc2
+
+
+def image_batches(images: Tensor | Iterable[Tensor], batch_size: int, argument: str = "images") -> list[Tensor]:
+    """Images as a list of batches [b, C, H, W], checked: float, not empty, finite.
+
+    Raises:
+        ValueError: names the argument and the first bad image.
+    """
+    batches = list(images.split(batch_size) if isinstance(images, Tensor) and len(images) else images)
+    seen = 0
+    for batch in batches:
+        if batch.dim() != 4 or not batch.is_floating_point():
+            raise ValueError(f"{argument} must be float [n, C, H, W], got {batch.dtype} {list(batch.shape)}")
+        finite = torch.isfinite(batch).flatten(1).all(1)
+        if not bool(finite.all()):
+            raise ValueError(f"{argument} must be finite, got NaN or Inf in image {seen + int((~finite).nonzero()[0])}")
+        seen += len(batch)
+    if not seen:
+        raise ValueError(f"{argument} must hold at least one image, got 0")
+    return batches
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationStats:
+    """Runs the float model over the images and returns what it saw.
+
+    Args:
+        model: a timm VisionTransformer in eval mode.
+        images: float [n, C, H, W], normalised as the model expects; or batches of them.
+        batch_size: images a forward.
+        seed: of the token sample.
+        progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: no images, or NaN/Inf in images or activations.
+    """
+    batches = image_batches(images, batch_size)
+    total = sum(len(b) for b in batches)
+    with Calibrator(model, expected_images=total, seed=seed) as calibrator:
+        for batch in batches:
+            model(batch)
+            if progress:
+                progress(calibrator.seen, total)
+    return calibrator.stats()
+
+
+@torch.no_grad()
+def input_covariances(
+    model: nn.Module, images: Tensor | Iterable[Tensor], *, batch_size: int = 16
+) -> dict[str, Tensor]:
+    """Covariance of every block linear's float input: site name to float64 [K, K].
+
+    What an error of a weight costs at the output (``quantizers.row_errors``).
+    """
+    moments: dict[str, InputMoments] = {}
+    handles = []
+    for block in vit_parts(model).blocks:
+        for suffix, module in block_linears(block):
+            moment = InputMoments.empty(module.in_features, module.weight.device)
+            moments[f"{block.name}.{suffix}"] = moment
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], moment: InputMoments = moment) -> None:
+                moment.add(args[0].float().flatten(0, -2))
+
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        for batch in image_batches(images, batch_size):
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: moment.covariance for name, moment in moments.items()}

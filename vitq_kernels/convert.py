@@ -1,0 +1,124 @@
+"""The one page that knows the whole line: float model, statistics and allocation in; integer modules out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.calibration import CalibrationStats, calibrate, image_batches
+from vitq_kernels.converter import Converter, Stream, advance
+from vitq_kernels.models import vit_config, vit_parts, vit_sites
+from vitq_kernels.spec import BitAllocation, QuantConfig, Site
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model was quantized: carried by it as ``model.quantization``, and what a checkpoint's manifest says."""
+
+    model_config: dict[str, Any] | None  # models.vit_config of the float model; None if a part of it stayed float
+    allocation: BitAllocation
+    sites: tuple[Site, ...]
+    float_bytes: int  # of all parameters in float32
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor] | None = None,
+    allocation: BitAllocation | None = None,
+    *,
+    stats: CalibrationStats | None = None,
+    config: QuantConfig | None = None,
+    batch_size: int = 16,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """The same model on integer modules; the float model is left as it is.
+
+    Args:
+        model: a timm VisionTransformer (ViT, DeiT) with finite weights.
+        images: float [n, C, H, W] calibration images, normalised as the model expects, or batches of them. They
+            give the ranges (unless ``stats`` does), and weights and biases are fitted on them.
+        allocation: widths of every site; uniform W8A8 if None.
+        stats: ranges from an earlier ``calibrate``. With stats and no images, weights round to nearest.
+        config: how to quantize.
+        batch_size: images a forward.
+        strict: refuse models of which a part stays float, instead of warning.
+        progress: called with (sites done, sites in all).
+
+    Raises:
+        ValueError: no images and no stats, non-finite images or weights, an allocation of another model.
+        UnsupportedModelError: the model is no VisionTransformer, or ``strict`` and a part has no integer form.
+    """
+    config = config or QuantConfig()
+    parts = vit_parts(model, strict=strict)
+    for name, reason in parts.left_in_float.items():
+        warnings.warn(f"{name} stays in float: {reason} has no integer form", stacklevel=2)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"model: weights must be finite, got NaN or Inf in {name}")
+    sites = vit_sites(model)
+    allocation = allocation or BitAllocation.uniform(sites, 8)
+    allocation.check(sites)
+    if images is None and stats is None:
+        raise ValueError("quantize: images or stats must be given, got neither")
+    batches = [] if images is None else image_batches(images, batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        stats = stats or calibrate(model, batches)
+        result = copy.deepcopy(model).requires_grad_(False)
+    finally:
+        model.train(was_training)
+    result.quantization = Quantization(
+        vit_config(model) if not parts.left_in_float else None,
+        allocation,
+        sites,
+        4 * sum(p.numel() for p in model.parameters()),
+    )
+    return _convert(result, Converter(vit_parts(result), stats, allocation, config, batches), len(sites), progress)
+
+
+def _convert(
+    model: nn.Module, converter: Converter, total: int, progress: Callable[[int, int], None] | None
+) -> nn.Module:
+    """Replaces the modules of ``model`` in forward order."""
+    parts = converter.parts
+    supported = {block.name: block for block in parts.blocks}
+    done = 0
+
+    def report(sites: int) -> None:
+        nonlocal done
+        done += sites
+        if progress:
+            progress(done, total)
+
+    model.set_submodule("patch_embed.proj", converter.patch_embed())
+    report(1)
+    stream = [parts.tokens(parts.model.patch_embed(x)) for x in converter.images]
+    for index, float_block in enumerate(parts.model.blocks):
+        name = f"blocks.{index}"
+        if name in supported:
+            model.set_submodule(name, converter.block(supported[name], stream))
+            report(6)
+        else:
+            advance(stream, float_block)
+    features: dict[str, Stream] = {name: [] for name in parts.heads}
+    handles = [
+        head.register_forward_pre_hook(lambda _, args, kept=features[name]: kept.append(args[0]))
+        for name, head in parts.heads.items()
+    ]
+    for x in stream:
+        parts.logits(x)
+    for handle in handles:
+        handle.remove()
+    for name, head in parts.heads.items():
+        model.set_submodule(name, converter.head(name, head, features[name]))
+        report(1)
+    return model

@@ -1,0 +1,198 @@
+"""From real numbers to codes: affine activation quantizers, weight scales and rounding, log2 attention levels.
+
+Pure functions of tensors; they know the vocabulary and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantFormat
+
+# Fractions of a row's absolute maximum tried as clipping points (methods.md 7.2: 0.5 to 1.0).
+CLIP_GRID = tuple(0.5 + 0.02 * i for i in range(26))
+# Channels that never vary still need a positive scale; 1e-8 of a real unit changes no logit.
+SCALE_FLOOR = 1e-8
+ZERO_POINT_LIMIT = 2**22  # largest magnitude for which S1 rounds exactly
+
+
+@dataclass(frozen=True)
+class AffineQuantizer:
+    """Activations as codes: real = scale * (code - zero_point), per channel."""
+
+    scale: Tensor  # float32 [C], > 0
+    zero_point: Tensor  # int32 [C]
+    bits: int
+
+    @property
+    def inv_scale(self) -> Tensor:
+        """Codes per real unit, float32 [C]."""
+        return (1.0 / self.scale.double()).float()
+
+
+def affine_quantizer(low: Tensor, high: Tensor, bits: int, exponent: float = 1.0) -> AffineQuantizer:
+    """The quantizer that spans [low, high] per channel.
+
+    Args:
+        low, high: float [C], the (clipped) range of each channel; symmetric ranges give zero points 0.
+        bits: 2..8.
+        exponent: how much of a channel's range its scale follows: the scales are ``(span_c / reference)^exponent``
+            times the common factor that still covers every channel. 1 is channel-wise (RepQ-ViT), 0 is per tensor.
+    """
+    fmt = QuantFormat(bits)
+    middle = (low.double() + high.double()) / 2
+    scale = (high.double() - low.double()) / (fmt.qmax - fmt.qmin)
+    # A channel that hardly varies, far from zero, must still reach it with its zero point.
+    scale = scale.clamp_min(SCALE_FLOOR).maximum(middle.abs() / (ZERO_POINT_LIMIT - 1))
+    if exponent != 1.0:
+        ratio = (scale / scale.median()) ** exponent
+        scale = ratio * (scale / ratio).max()
+    scale = scale.float()
+    # The middle of the range lands on the middle of the codes, -0.5.
+    zero_point = (-0.5 - middle / scale.double()).round().clamp(-ZERO_POINT_LIMIT, ZERO_POINT_LIMIT)
+    return AffineQuantizer(scale, zero_point.int(), bits)
+
+
+def query_key_scales(q_radius: Tensor, k_radius: Tensor, heads: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric scales of q and k, equalised: a channel's range moves between q and k until both use it equally.
+
+    The integer score of a head has one scale, so ``q_scale[d] * k_scale[d]`` must not depend on the channel. With
+    ``e[d] = sqrt(q_radius[d] * k_radius[d])`` and ``a = max_d e[d] / (2^(bits-1) - 0.5)`` the scales are
+    ``a * sqrt(q_radius / k_radius)`` and its mirror image: both codes span ``e[d] / a``.
+
+    Args:
+        q_radius, k_radius: float [H * D], largest magnitude of each channel.
+        heads: H.
+        bits: of the codes.
+
+    Returns:
+        q_scale [H * D], k_scale [H * D] and the scale of the score [H], float32.
+    """
+    q = q_radius.double().clamp_min(SCALE_FLOOR).view(heads, -1)
+    k = k_radius.double().clamp_min(SCALE_FLOOR).view(heads, -1)
+    a = (q * k).sqrt().amax(1, keepdim=True) / (2.0 ** (bits - 1) - 0.5)
+    ratio = (q / k).sqrt()
+    return (a * ratio).flatten().float(), (a / ratio).flatten().float(), a.square().flatten().float()
+
+
+def quantization_error(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Mean squared error per channel of x [T, C] quantized over [low, high]: float [C]."""
+    quantizer = affine_quantizer(low, high, bits)
+    fmt = QuantFormat(bits)
+    codes = (x * quantizer.inv_scale).round_().add_(quantizer.zero_point).clamp_(fmt.qmin, fmt.qmax)
+    return codes.sub_(quantizer.zero_point).mul_(quantizer.scale).sub_(x).square_().mean(0)
+
+
+def weight_scale(weight: Tensor, row_bits: Tensor) -> Tensor:
+    """Symmetric scale per row by least squared error over a grid of clipping points.
+
+    Args:
+        weight: float32 [N, K].
+        row_bits: int [N], width of each row.
+
+    Returns:
+        float32 [N], > 0.
+    """
+    # Codes reach -2^(b-1), so the scale counts half a step more than qmax: the largest weight rounds to qmax or qmin.
+    half_levels = (2.0 ** (row_bits.double() - 1) - 0.5).float()
+    absmax = weight.abs().amax(1).clamp_min(SCALE_FLOOR)
+    best = torch.full_like(absmax, torch.inf)
+    best_scale = absmax / half_levels
+    for fraction in CLIP_GRID:
+        scale = absmax * fraction / half_levels
+        codes = round_to_nearest(weight, scale, row_bits)
+        error = (codes.float() * scale[:, None] - weight).square_().sum(1)
+        best_scale = torch.where(error < best, scale, best_scale)
+        best = torch.minimum(best, error)
+    return best_scale
+
+
+def round_to_nearest(weight: Tensor, scale: Tensor, row_bits: Tensor) -> Tensor:
+    """``clamp(rint(w / scale))`` per row: float32 [N, K] to int8 [N, K]."""
+    limit = (2.0 ** (row_bits.double() - 1)).float()[:, None]
+    return (weight / scale[:, None]).round_().clamp_(-limit, limit - 1).to(torch.int8)
+
+
+def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: float = 0.01) -> Tensor:
+    """Rounds weights column after column, each column's error made good by the columns still to come.
+
+    Minimises ``tr((W - s*Q) H (W - s*Q)^T)`` greedily (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1, with
+    columns in order of falling diagonal).
+
+    Args:
+        weight: float32 [N, K].
+        scale: float32 [N].
+        row_bits: int [N].
+        moment: float64 [K, K], H: second moments of the inputs, in units of the columns.
+        damp: share of the mean diagonal added to the diagonal.
+
+    Returns:
+        int8 [N, K].
+    """
+    diagonal = moment.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    h = moment[order][:, order].clone()
+    # Inputs that never vary have H = 0: any positive diagonal then rounds to nearest, and 1e-30 has an inverse.
+    h.diagonal().add_(damp * diagonal.mean().clamp_min(1e-30))
+    # Upper Cholesky factor U of the inverse: row k holds what an error in column k does to the later ones.
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    work = weight[:, order].clone()
+    codes = torch.empty_like(work, dtype=torch.int8)
+    block = 64  # columns updated eagerly before the rest sees one GEMM
+    for start in range(0, work.shape[1], block):
+        stop = min(start + block, work.shape[1])
+        errors = torch.empty_like(work[:, start:stop])
+        for k in range(start, stop):
+            codes[:, k] = round_to_nearest(work[:, k : k + 1], scale, row_bits)[:, 0]
+            errors[:, k - start] = (work[:, k] - codes[:, k].float() * scale) / upper[k, k]
+            work[:, k + 1 : stop] -= errors[:, k - start, None] * upper[k, k + 1 : stop]
+        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result
+
+
+def row_errors(weight: Tensor, moment: Tensor, candidates: Sequence[int], use_gptq: bool = True) -> Tensor:
+    """Relative squared output error of each row at each width: float64 [N, len(candidates)].
+
+    Args:
+        weight: float32 [N, K].
+        moment: float64 [K, K], second moments of the inputs.
+        candidates: widths.
+        use_gptq: round by ``gptq``, else to nearest.
+    """
+    energy = ((weight.double() @ moment) * weight).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    columns = []
+    for bits in candidates:
+        row_bits = torch.full((weight.shape[0],), bits, device=weight.device)
+        scale = weight_scale(weight, row_bits)
+        codes = gptq(weight, scale, row_bits, moment) if use_gptq else round_to_nearest(weight, scale, row_bits)
+        error = codes.double() * scale.double()[:, None] - weight
+        columns.append(((error @ moment) * error).sum(1) / energy)
+    return torch.stack(columns, 1)
+
+
+def log2_levels(bits: int, tau: float) -> Tensor:
+    """S4's table ``L[c] = round(255 * 2^(-tau*c))`` with the last code an exact zero: uint8 [2^bits]."""
+    codes = torch.arange(1 << bits, dtype=torch.float64)
+    levels = (255.0 * torch.exp2(-tau * codes)).round()
+    levels[-1] = 0.0
+    return levels.to(torch.uint8)
+
+
+def log2_steps(bits: int) -> tuple[float, ...]:
+    """The steps tau, in octaves a code, that are worth trying at a width.
+
+    Four bits and fewer: the grid of methods.md 7.2, coarser steps for fewer codes. Above, powers of two only, so that a
+    kernel can make the levels from a short table and a shift (design S4): 2^b codes times tau span 8 or 16 octaves, and
+    a u8 level has 8.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be in {MIN_BITS}..{MAX_BITS}, got {bits}")
+    if bits <= 4:
+        return {2: (1.0, 1.25, 1.5, 2.0), 3: (0.625, 0.75, 1.0, 1.25, 1.5), 4: (0.375, 0.5, 0.625, 0.75, 1.0)}[bits]
+    return (2.0 ** (3 - bits), 2.0 ** (4 - bits))

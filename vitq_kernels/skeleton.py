@@ -1,0 +1,99 @@
+"""The integer modules of a model with the right shapes and no numbers, for a checkpoint to fill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.models import BlockParts, vit_parts
+from vitq_kernels.nn import (
+    QuantAttention,
+    QuantBlock,
+    QuantizeInput,
+    QuantLayerNorm,
+    QuantLinear,
+    QuantMlp,
+    QuantPatchEmbed,
+)
+from vitq_kernels.nn.linear import Epilogue
+from vitq_kernels.packing import PackedWeight
+from vitq_kernels.spec import BitAllocation, RowGroups, SiteBits
+
+
+def quantized_skeleton(model: nn.Module, allocation: BitAllocation) -> nn.Module:
+    """Replaces the modules of a float VisionTransformer by integer ones on the meta device, in place.
+
+    What ``converter.py`` builds from statistics, here from widths alone: names, shapes and dtypes of the buffers agree.
+    """
+    parts = vit_parts(model, strict=True)
+    bits = allocation.sites
+    site = bits["patch_embed.proj"]
+    conv = parts.patch_proj
+    cols = conv.weight[0].numel()
+    model.set_submodule("patch_embed.proj", QuantPatchEmbed(_float_linear(site, cols), conv.kernel_size))
+    for block in parts.blocks:
+        model.set_submodule(block.name, _block(block, allocation))
+    for name, head in parts.heads.items():
+        model.set_submodule(name, _float_linear(bits[name], head.in_features))
+    return model
+
+
+def _block(block: BlockParts, allocation: BitAllocation) -> QuantBlock:
+    def at(suffix: str) -> SiteBits:
+        return allocation.sites[f"{block.name}.{suffix}"]
+
+    def norm(module: nn.LayerNorm, site: SiteBits) -> QuantLayerNorm:
+        channels = module.normalized_shape[0]
+        return QuantLayerNorm(_empty(channels), _empty(channels), module.eps, site.activation)
+
+    heads, dim = block.num_heads, block.head_dim
+    qkv, qk, av, proj = at("attn.qkv"), at("attn.qk"), at("attn.av"), at("attn.proj")
+    fc1, fc2 = at("mlp.fc1"), at("mlp.fc2")
+    attn = QuantAttention(
+        _linear(qkv, block.qkv.in_features, "codes", qk.activation),
+        _linear(proj, block.proj.in_features, "residual"),
+        _empty(heads),
+        _empty(heads, 1 << av.activation, dtype=torch.uint8),
+        _empty(heads, dim),
+        _empty(heads, dim, dtype=torch.int32),
+        proj.activation,
+    )
+    mlp = QuantMlp(
+        _linear(fc1, block.fc1.in_features, "gelu", fc2.activation, block.gelu),
+        _linear(fc2, block.fc2.in_features, "residual"),
+    )
+    return QuantBlock(norm(block.norm1, qkv), attn, norm(block.norm2, fc1), mlp)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _packed(groups: RowGroups | None, cols: int) -> PackedWeight:
+    assert groups is not None
+    data = _empty(groups.weight_bytes(cols), dtype=torch.uint8)
+    return PackedWeight(data, _empty(groups.order_bytes, dtype=torch.uint8), groups, cols)
+
+
+def _linear(site: SiteBits, cols: int, epilogue: Epilogue, out_bits: int = 8, gelu: str = "none") -> QuantLinear:
+    weight = _packed(site.weight, cols)
+    rows = weight.groups.rows
+    coded = epilogue in ("codes", "gelu")
+    return QuantLinear(
+        weight,
+        _empty(rows),
+        _empty(rows, dtype=torch.int32),
+        epilogue,
+        zero_point=_empty(rows, dtype=torch.int32) if coded else None,
+        inv_scale=_empty(rows) if epilogue == "gelu" else None,
+        out_bits=out_bits,
+        gelu=gelu,
+    )
+
+
+def _float_linear(site: SiteBits, cols: int) -> QuantLinear:
+    weight = _packed(site.weight, cols)
+    rows = weight.groups.rows
+    quantize_input = QuantizeInput(_empty(cols), _empty(cols, dtype=torch.int32), site.activation)
+    multiplier, bias_q = _empty(rows), _empty(rows, dtype=torch.int32)
+    return QuantLinear(weight, multiplier, bias_q, "real", quantize_input=quantize_input)
