@@ -328,7 +328,7 @@ class QuantConfig:
     gelu_exponent: float = 0.75
     value_exponent: float = 0.5
     head_exponent: float = 0.5
-    class_token_weight: float = 2.0  # of the tokens that the classifier reads, in the second moments (methods.md 11)
+    class_token_weight: float = 8.0  # of the tokens that the classifier reads, in the second moments (methods.md 11)
     gptq: bool = True  # round weights against the calibrated inputs' second moments instead of to nearest
     bias_correction: bool = True  # shift biases by the mean output error on the calibration images
 

@@ -1,0 +1,49 @@
+"""vitq-kernels: Vision Transformers on low-bit integer arithmetic.
+
+::
+
+    scores = vitq.relevance(model, images)
+    bits = vitq.allocate(model, scores, vitq.Budget(mean_weight_bits=4), images=images)
+    qmodel = vitq.quantize(model, images, bits)
+    vitq.save(qmodel, "vit.safetensors")
+"""
+
+from vitq_kernels.calibration import CalibrationStats, Calibrator, calibrate
+from vitq_kernels.checkpoint import CheckpointError, load, save
+from vitq_kernels.convert import quantize
+from vitq_kernels.evaluation import Evaluation, evaluate
+from vitq_kernels.models import UnsupportedModelError, vit_sites
+from vitq_kernels.ops import SEMANTICS_VERSION, BackendUnavailableError, use_backend
+from vitq_kernels.planning import allocate
+from vitq_kernels.relevance import Relevance, relevance
+from vitq_kernels.replace import replace_linears
+from vitq_kernels.spec import BitAllocation, Budget, QuantConfig, RowGroups, Site, SiteBits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SEMANTICS_VERSION",
+    "BackendUnavailableError",
+    "BitAllocation",
+    "Budget",
+    "CalibrationStats",
+    "Calibrator",
+    "CheckpointError",
+    "Evaluation",
+    "QuantConfig",
+    "Relevance",
+    "RowGroups",
+    "Site",
+    "SiteBits",
+    "UnsupportedModelError",
+    "allocate",
+    "calibrate",
+    "evaluate",
+    "load",
+    "quantize",
+    "relevance",
+    "replace_linears",
+    "save",
+    "use_backend",
+    "vit_sites",
+]

@@ -1,0 +1,132 @@
+"""Folders of images as normalised tensors, through timm's own evaluation transform."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Image files and, where the folder tells them, their classes."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+
+    @classmethod
+    def scan(cls, folder: str | Path) -> ImageFolder:
+        """Reads a folder's layout: class subfolders, or flat with a ``labels.csv`` (``file,label``), or flat.
+
+        Subfolders are classes in sorted order of their names, as torchvision and timm count them; names that are all
+        whole numbers are the classes themselves.
+
+        Raises:
+            ValueError: no folder, no images, or a labels.csv that does not fit; the message names the file.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"image folder {folder} does not exist or is not a folder")
+        table = folder / "labels.csv"
+        classes = sorted(d for d in folder.iterdir() if d.is_dir() and any(_images(d)))
+        if table.is_file():
+            files, labels = _read_labels(folder, table)
+            return cls(files, labels)
+        if classes:
+            numbered = all(d.name.isdigit() for d in classes)
+            pairs = [(f, int(d.name) if numbered else i) for i, d in enumerate(classes) for f in _images(d)]
+            return cls(tuple(f for f, _ in pairs), tuple(label for _, label in pairs))
+        flat = tuple(_images(folder))
+        if not flat:
+            raise ValueError(f"image folder {folder} must hold images ({', '.join(EXTENSIONS)}), got none")
+        return cls(flat, None)
+
+    def sample(self, limit: int | None, seed: int) -> ImageFolder:
+        """At most ``limit`` of the images, chosen by ``seed``, in folder order."""
+        if limit is None or limit >= len(self.files):
+            return self
+        if limit < 1:
+            raise ValueError(f"number of images must be positive, got {limit}")
+        chosen = torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+        labels = None if self.labels is None else tuple(self.labels[i] for i in chosen.tolist())
+        return ImageFolder(tuple(self.files[i] for i in chosen.tolist()), labels)
+
+    def batches(self, transform: Transform, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields (images [b, C, H, W], labels int64 [b] or None); decodes one batch at a time."""
+        for start in range(0, len(self.files), batch_size):
+            part = slice(start, start + batch_size)
+            images = torch.stack([read_image(file, transform) for file in self.files[part]])
+            yield images, None if self.labels is None else torch.tensor(self.labels[part])
+
+
+def read_image(file: Path, transform: Transform) -> Tensor:
+    """Decodes one image as RGB; raises ValueError naming the file if it does not decode."""
+    try:
+        with Image.open(file) as image:
+            return transform(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {file} does not decode: {error}") from error
+
+
+def load_folder(
+    folder: str | Path, transform: Transform, limit: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """All (or ``limit``) images of a folder in one tensor [n, C, H, W], and labels int64 [n] or None."""
+    chosen = ImageFolder.scan(folder).sample(limit, seed)
+    return next(chosen.batches(transform, len(chosen.files)))
+
+
+def eval_transform(
+    model: nn.Module,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop: float | None = None,
+) -> Transform:
+    """timm's evaluation transform for a model: resize, centre crop, normalise.
+
+    Args:
+        model: a timm model, or one loaded by ``vitq_kernels.load``.
+        mean, std: per channel, or None for the model's own.
+        crop: share of the resized short side that is kept, or None for the model's own.
+    """
+    config: dict[str, Any] = resolve_model_data_config(model)
+    for name, value in (("mean", mean), ("std", std), ("crop_pct", crop)):
+        if value is not None:
+            config[name] = tuple(value) if isinstance(value, Sequence) else value
+    transform: Transform = create_transform(**config, is_training=False)
+    return transform
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS)
+
+
+def _read_labels(folder: Path, table: Path) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+    with table.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        if not {"file", "label"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{table} must have columns file,label, got {reader.fieldnames}")
+        rows = list(reader)
+    files, labels = [], []
+    for line, row in enumerate(rows, start=2):
+        file = folder / row["file"]
+        if not file.is_file():
+            raise ValueError(f"{table} line {line}: file {row['file']} is not in the folder")
+        if not (row["label"] or "").strip().isdigit():
+            raise ValueError(f"{table} line {line}: label must be a whole number, got {row['label']!r}")
+        files.append(file)
+        labels.append(int(row["label"]))
+    if not files:
+        raise ValueError(f"{table} must name at least one image, got none")
+    return tuple(files), tuple(labels)

@@ -1,0 +1,182 @@
+"""Exact multiple-choice knapsack: one choice an item, the least total cost within several whole-number capacities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import optimize, sparse
+
+NODE_LIMIT = 4_000  # branch-and-bound nodes a program, about 10 s; unlike seconds they end alike on every machine
+CORE = 64  # choices beyond one an item in the first program; it grows fourfold; ViT-B mostly needs no second
+SCALE = 1e6  # objective that HiGHS sees: its absolute tolerances, 1e-6 and 1e-7, are then 1e-12 of the real one
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A choice for every item."""
+
+    choice: np.ndarray  # integers, [items]
+    status: str  # "optimal", or what ended the search: "node limit", "time limit", "solver tolerance"
+    gap: float  # fraction of the cost that a better choice might still save; 0 when optimal
+
+
+def solve(cost: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int], time_limit_s: float) -> Solution:
+    """Minimises ``sum_i cost[i, choice[i]]`` where ``sum_i use[i, choice[i]] <= room`` for every use and its room.
+
+    Ties: see ``_canonical``; if every item can have its last choice, it has. The same numbers give the same choice,
+    unless the time limit strikes.
+
+    Args:
+        cost: float64 [items, choices], >= 0, non-increasing along a row.
+        uses: Python integers, dtype object, [items, choices] each, 0 at choice 0 and non-decreasing along a row.
+        rooms: integer >= 0 for each of ``uses``.
+        time_limit_s: seconds, > 0; past it the best choice found so far is taken.
+
+    Raises:
+        ValueError: the time limit is not positive.
+    """
+    if not time_limit_s > 0:
+        raise ValueError(f"time_limit_s must be positive, got {time_limit_s!r}")
+    deadline = time.monotonic() + time_limit_s
+    items, choices = cost.shape
+    alike = (np.full(items, j) for j in reversed(range(choices)))
+    found = Solution(next(choice for choice in alike if _fits(choice, uses, rooms)), "optimal", 0.0)
+    if found.choice[0] == choices - 1:
+        return found
+    total = _total(cost, found.choice)
+    while total > 0:
+        found = _search(cost, found.choice, uses, rooms, deadline)
+        before, total = total, _total(cost, found.choice)
+        # Tolerances are absolute: they count for more the cheaper the solution is than the one it started from.
+        if found.status != "optimal" or total > before / 1000:
+            break
+    return Solution(_canonical(cost, found.choice, uses), found.status, found.gap)
+
+
+def _fits(choice: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int]) -> bool:
+    at = np.arange(len(choice))
+    return all(use[at, choice].sum() <= room for use, room in zip(uses, rooms, strict=True))
+
+
+def _total(cost: np.ndarray, choice: np.ndarray) -> float:
+    return float(cost[np.arange(len(choice)), choice].sum())
+
+
+def _search(
+    cost: np.ndarray, best: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int], deadline: float
+) -> Solution:
+    """The best choice, starting from one that fits and has a cost.
+
+    The linear relaxation prices the capacities, and prices bound from below what any choice costs. Only the *core*, the
+    choices whose excess over that bound is within the gap to the best known solution, can be in a better one. The
+    integer program is solved on a part of the core that grows until it is all of it: ViT-B, 1296 items x 7, takes 0.1
+    to 0.2 s, ViT-L 1 s, where the whole program takes 0.2 to 8 s and on other sizes minutes.
+
+    Source: Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83 (1995) 394-410.
+    """
+    items, choices = cost.shape
+    with np.errstate(over="ignore"):
+        cost = cost / _total(cost, best) * SCALE
+    usable = cost <= SCALE  # dearer alone than a whole solution: not in a better one, and bad for the numerics
+    upper = SCALE
+    rows, sides = _capacities(uses, rooms)
+    one_each = sparse.kron(sparse.eye_array(items), np.ones((1, choices)), format="csr")
+
+    columns = np.flatnonzero(usable)
+    relaxed = optimize.linprog(
+        cost.flat[columns],
+        A_ub=rows[:, columns],
+        b_ub=sides,
+        A_eq=one_each[:, columns],
+        b_eq=np.ones(items),
+        method="highs-ipm",  # 5 times faster here than the simplex
+    )
+    # Any prices give a valid bound: should the relaxation fail, these only make the core larger.
+    prices = np.maximum(-relaxed.ineqlin.marginals, 0) if relaxed.status == 0 else np.zeros(len(rows))
+    priced = np.where(usable, cost + (prices @ rows).reshape(cost.shape), np.inf)
+    least = priced.min(axis=1, keepdims=True)
+    lower = float(least.sum() - prices @ sides)
+    excess = priced - least
+    ranked = np.sort(excess, axis=None)
+
+    if relaxed.status == 0:
+        taken = np.zeros(cost.size)
+        taken[columns] = relaxed.x
+        rounded = np.argmax(taken.reshape(cost.shape) > 1e-9, axis=1)  # the lower choice of a split item: it fits
+        if _fits(rounded, uses, rooms) and _total(cost, rounded) < upper:
+            best, upper = rounded, _total(cost, rounded)
+    size = CORE
+    while True:
+        reach = max(min(upper - lower, ranked[min(items + size, cost.size) - 1]), 0.0)
+        core = excess <= reach + 1e-6
+        core[np.arange(items), best] = True
+        free = core.sum(axis=1) > 1
+        columns, settled = np.flatnonzero(core & free[:, None]), np.flatnonzero(core & ~free[:, None])
+        remaining = deadline - time.monotonic()
+        stopped = "time limit" if remaining <= 0 else ""
+        if len(columns) and not stopped:
+            result = optimize.milp(
+                cost.flat[columns],
+                integrality=np.ones(len(columns)),
+                bounds=optimize.Bounds(0, 1),
+                constraints=[
+                    optimize.LinearConstraint(one_each[free][:, columns], 1, 1),
+                    optimize.LinearConstraint(rows[:, columns], -np.inf, sides - rows[:, settled].sum(axis=1)),
+                ],
+                options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT, "time_limit": remaining},
+            )
+            if result.status != 0:
+                stopped = "time limit" if time.monotonic() >= deadline else "node limit"
+            if result.x is not None:
+                chosen, choice = columns[result.x > 0.5], best.copy()
+                choice[chosen // choices] = chosen % choices
+                if not _fits(choice, uses, rooms):  # by less than HiGHS sees: capacities of more than 1e12 units
+                    stopped = "solver tolerance"
+                elif _total(cost, choice) < upper:
+                    best, upper = choice, _total(cost, choice)
+        if stopped:
+            return Solution(best, stopped, max(upper - lower, 0.0) / upper)
+        if reach >= upper - lower:
+            return Solution(best, "optimal", 0.0)
+        size *= 4
+
+
+def _capacities(uses: Sequence[np.ndarray], rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The capacities as float rows and right sides, whole numbers as far as HiGHS' feasibility of 1e-6 allows."""
+    rows, sides = [], []
+    for use, room in zip(uses, rooms, strict=True):
+        unit = int(np.gcd.reduce(use, axis=None)) or 1
+        side = room // unit
+        scale = 1e6 / max(side, 1e6)  # float64 rounds sums of this size by 1e-9
+        rows.append((use // unit).astype(np.float64).ravel() * scale)
+        sides.append(side * scale)
+    return np.array(rows), np.array(sides)
+
+
+def _canonical(cost: np.ndarray, choice: np.ndarray, uses: Sequence[np.ndarray]) -> np.ndarray:
+    """Of the choices that cost as little, the one defined here; it costs and uses no more than ``choice``.
+
+    Among items of equal use, the higher of two choices goes to the items that gain most by it, then to the first: so a
+    dearer item never has less, whatever the solver's tolerance. Then no item keeps a choice that costs as much as a
+    lower one.
+    """
+    choice = choice.copy()
+    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for item in range(len(cost)):
+        alike.setdefault(tuple(tuple(use[item]) for use in uses), []).append(item)
+    for group in map(np.array, alike.values()):
+        for _ in range(cost.shape[1] ** 2):  # a few rounds settle it; the limit is against a cycle by rounding
+            before = choice[group].copy()
+            for low, high in combinations(sorted(set(before.tolist())), 2):
+                pool = group[(choice[group] == low) | (choice[group] == high)]
+                gain = cost[pool, low] - cost[pool, high]
+                ahead = np.argsort(-gain, kind="stable")[: np.count_nonzero(choice[pool] == high)]
+                choice[pool] = low
+                choice[pool[ahead]] = high
+            if (choice[group] == before).all():
+                break
+    return np.argmax(cost == cost[np.arange(len(cost)), choice][:, None], axis=1)

@@ -1,0 +1,91 @@
+"""Results in the form the report shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.convert import Quantization
+from vitq_kernels.doctor import examine
+from vitq_kernels.evaluation import Evaluation
+from vitq_kernels.relevance import Relevance
+from vitq_kernels.report import Measurement, ReportData
+
+# Of `vitq eval --json`, in the order of Measurement's fields.
+EVALUATION_KEYS = ("top1", "agreement", "kl", "weight_bytes", "mean_weight_bits", "images_per_s")
+FACTS = ("vitq-kernels", "torch", "timm", "python", "semantics version", "machine", "GPU", "GPU 0")
+
+
+def float_measurement(
+    evaluation: Evaluation, float_bytes: int, device: str, latency_ms: float | None = None
+) -> Measurement:
+    """The float model's row; an evaluation of itself has top-1 only."""
+    return Measurement(
+        "float32", evaluation.top1, None, None, float_bytes, 32.0, evaluation.images_per_s, latency_ms, device
+    )
+
+
+def quantized_measurement(
+    label: str, evaluation: Evaluation, record: Quantization, device: str, latency_ms: float | None = None
+) -> Measurement:
+    """A quantized model's row; its bytes are the packed weights with their row orders."""
+    return Measurement(
+        label,
+        evaluation.top1,
+        evaluation.agreement,
+        evaluation.kl,
+        record.allocation.weight_bytes(record.sites),
+        record.allocation.mean_weight_bits(record.sites),
+        evaluation.images_per_s,
+        latency_ms,
+        device,
+    )
+
+
+def report_of(
+    model: nn.Module, name: str, relevance: Relevance | None, results: Mapping[str, Mapping[str, Any]]
+) -> ReportData:
+    """A report of a model from ``quantize`` or ``load`` and of the JSON that ``vitq eval`` wrote of it.
+
+    Raises:
+        ValueError: a result lacks the keys of ``vitq eval --json``.
+    """
+    record: Quantization = model.quantization
+    rows: list[Measurement] = []
+    for label, result in results.items():
+        try:
+            if result["float_top1"] is not None and not rows:
+                size = result["float_bytes"]
+                rows.append(Measurement("float32", result["float_top1"], None, None, size, 32.0, None, None, ""))
+            shown = [result[key] for key in EVALUATION_KEYS]
+            rows.append(Measurement(label, *shown, None, result.get("device", "")))
+        except KeyError as error:
+            raise ValueError(f"evaluation {label} must be JSON of `vitq eval`, it lacks {error}") from error
+    architecture = model.pretrained_cfg.get("architecture", "VisionTransformer")
+    return ReportData(
+        f"{architecture}, quantized", name, record.sites, record.allocation, relevance, rows, machine_facts()
+    )
+
+
+def machine_facts() -> dict[str, str]:
+    """Versions and devices, for the foot of a report."""
+    found = examine()
+    return {key: found[key] for key in FACTS if key in found}
+
+
+@torch.inference_mode()
+def latency_ms(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
+    """Median wall time of a forward in milliseconds, after three that do not count."""
+    times = []
+    for index in range(repeats + 3):
+        start = time.perf_counter()
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        if index >= 3:
+            times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[len(times) // 2]
