@@ -50,7 +50,7 @@ class Measurement:
     mean_weight_bits: float | None  # over the linears of the blocks
     images_per_s: float | None
     latency_ms: float | None
-    device: str
+    device: str  # where it was measured; "" where that is not known
 
     def __post_init__(self) -> None:
         if isinstance(self.weight_bytes, bool) or not isinstance(self.weight_bytes, int) or self.weight_bytes < 1:
@@ -223,17 +223,17 @@ def _comparison(data: ReportData) -> str:
         ("latency<br>ms", lambda m: m.latency_ms, ",.2f"),
     ]
     columns = [column for column in columns if any(column[1](m) is not None for m in data.measurements)]
-    devices = dict.fromkeys(m.device for m in data.measurements)
+    devices = dict.fromkeys(m.device for m in data.measurements if m.device)
     head = ['<th scope="col" class="text">model</th>', *(f'<th scope="col">{name}</th>' for name, _, _ in columns)]
     head += ['<th scope="col" class="text">device</th>'] if len(devices) > 1 else []
     rows = []
     for m in data.measurements:
         mark = ' <span class="mark">this report</span>' if m is result else ""
-        cells = f'<th scope="row" class="text">{m.label}{mark}</th>'
+        cells = f'<th scope="row" class="text">{escape(m.label)}{mark}</th>'
         cells += "".join(f"<td>{_number(value(m), form)}</td>" for _, value, form in columns)
         cells += f'<td class="text">{escape(m.device)}</td>' if len(devices) > 1 else ""
         rows.append(('<tr class="this">' if m is result else "<tr>") + cells + "</tr>")
-    where = "" if len(devices) > 1 else f'<p class="how">Measured on {escape(next(iter(devices)))}.</p>'
+    where = f'<p class="how">Measured on {escape("".join(devices))}.</p>' if len(devices) == 1 else ""
     return f"<section><h2>Comparison</h2>{where}{table_html(head, rows)}</section>"
 
 

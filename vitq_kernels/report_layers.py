@@ -126,7 +126,7 @@ def relevance_section(sites: Sequence[Site], relevance: Relevance) -> str:
         first = [f * (share or 0) for f, share in zip(flow, shares, strict=True)]
         stacks = {"accent": first, "accent-soft": [f - t for f, t in zip(flow, first, strict=True)]}
         svg = panel(stacks, ticks, top, _xlabel(label), "flow", f"flow, {label}")
-        figures.append(_figure(label, KINDS.get(label, ""), told, svg))
+        figures.append(_figure(label, told, svg))
     keys = [_key("accent", "through the top 10 % of rows")]
     keys.append(_key("accent-soft", "through the other rows (qk and av: all)"))
     return (
@@ -153,8 +153,9 @@ def bytes_section(sites: Sequence[Site], allocation: BitAllocation) -> str:
         full = dict.fromkeys(f"{size_text(float_bytes([site]), unit)} {unit}" for site in own)
         told = f"float32: {', '.join(list(full)[:3])}" + (" each" if len(full) == 1 < len(own) else "")
         top = 1.05 * max(most[own[0].in_block]) / UNITS[unit]
-        svg = panel(stacks, ticks, top, _xlabel(label), unit, f"bytes, {label}", width=216)
-        figures.append(_figure(label, KINDS.get(label, "own scale"), told, svg))
+        axis = unit if own[0].in_block else f"{unit}, own scale"
+        svg = panel(stacks, ticks, top, _xlabel(label), axis, f"bytes, {label}", width=216)
+        figures.append(_figure(label, told, svg))
     return (
         '<section><h2>Bytes of each layer</h2><p class="how">By width of the rows, all blocks to one scale.</p>'
         f'{_legend([_key(name) for name in names])}<div class="panels five">{"".join(figures)}</div></section>'
@@ -212,8 +213,8 @@ def _xlabel(label: str) -> str:
     return "block" if label in KINDS else ""
 
 
-def _figure(label: str, what: str, told: str, svg: str) -> str:
-    caption = f'<h3>{label} <small>{what}</small></h3><small class="told">{told}</small>'
+def _figure(label: str, told: str, svg: str) -> str:
+    caption = f'<h3>{label} <small>{KINDS.get(label, "")}</small></h3><small class="told">{told}</small>'
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 

@@ -98,7 +98,7 @@ def panel(
     step = -(-len(ticks) // (width // 24))
     axes.set_xticks(range(0, len(ticks), step), ticks[::step])
     axes.tick_params("x", length=0)
-    axes.set(xlim=(-0.6, max(len(ticks), 3) - 0.4), ylim=(0, top or 1), xlabel=xlabel, ylabel=ylabel)
+    axes.set(xlim=(-0.6, max(len(ticks), 2) - 0.4), ylim=(0, top or 1), xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
     return _svg(figure, title)
