@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+
+# tests/ and benchmarks/ are only in the checkout. At the end: `pytest` tests the installed vitq_kernels.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Every reason to skip, and whether --require-cuda forbids it. A test that skips for another reason fails.
 SKIP_REASONS = {

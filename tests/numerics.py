@@ -113,7 +113,7 @@ BOUNDED_CODES = CodeTolerance(
 REAL = RealTolerance(
     2.0,
     1.0,
-    "design 3: as good as torch within a factor of 2; the floor serves data on which torch happens to be exact",
+    "docs/semantics.md: good as torch within a factor of 2; the floor serves data on which torch happens to be exact",
 )
 
 

@@ -160,7 +160,7 @@ def test_scores_are_those_of_the_definitions() -> None:
 
 @pytest.mark.assets
 def test_chefer_overrates_q_and_k_of_vit_tiny(assets: Path) -> None:
-    """methods.md 11: of the relevance at the blocks' linears Chefer's rules put about half on q and k, AttnLRP 9 %."""
+    """methods.md 2: of the relevance at the blocks' linears Chefer's rules put about half on q and k, AttnLRP 9 %."""
     model = timm.create_model("vit_tiny_patch16_224").eval()
     (weights,) = assets.glob("vit_tiny*.safetensors")
     model.load_state_dict(load_file(weights))

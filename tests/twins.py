@@ -1,5 +1,5 @@
-"""The integer semantics of design 3 once more, element by element in Python integers and fractions: nothing overflows,
-nothing is rounded but where the law says so. The judge of ``ops/reference.py``; slow, for small inputs.
+"""docs/semantics.md once more, element by element in Python integers and fractions: nothing overflows, nothing is
+rounded but where the law says so. The judge of ``ops/reference.py``; slow, for small inputs.
 """
 
 from __future__ import annotations

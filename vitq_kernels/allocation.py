@@ -52,7 +52,7 @@ def relevance_costs(
     Raises:
         ValueError: a site is missing, a shape differs from the above, or a value is NaN, infinite or a negative error.
 
-    Source: methods.md 1.3 and 11.
+    Source: methods.md 2.
     """
     free, widths = _free_sites(sites), _check_candidates(candidates)
     omega = {s.name: _omega("row_flow", row_flow, s, (s.rows,), exponent) for s in free}

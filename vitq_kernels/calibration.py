@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vitq_kernels.files import replaced_file
 from vitq_kernels.models import BlockParts, vit_parts
 from vitq_kernels.observers import ChannelSample, InputMoments, RangeStats, tau_errors
 
@@ -42,7 +43,8 @@ class CalibrationStats:
         for group in _TENSOR_GROUPS:
             for name, tensor in getattr(self, group).items():
                 tensors[f"{group}/{name}"] = tensor.contiguous()
-        save_file(tensors, str(path), {"images": str(self.images)})
+        with replaced_file(path) as temporary:
+            save_file(tensors, str(temporary), {"images": str(self.images)})
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationStats:

@@ -36,13 +36,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Writes a model from ``quantize`` to one safetensors file; an existing file stays good if this fails.
 
     Raises:
-        ValueError: the model was not made by ``quantize``, or a part of it stayed in float.
+        ValueError: the model was not made by ``quantize``, a part of it stayed in float, or ``load`` could not
+            rebuild it.
     """
     record = getattr(model, "quantization", None)
     if not isinstance(record, Quantization):
         raise ValueError(f"save: model must come from vitq_kernels.quantize or load, got {type(model).__name__}")
     if record.model_config is None:
         raise ValueError("save: every part of the model must be integer, got one with parts left in float")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _check_rebuilds(record, tensors)
     config = getattr(model, "pretrained_cfg", None) or {}
     manifest = {
         "format": FORMAT,
@@ -54,9 +57,21 @@ def save(model: nn.Module, path: str | Path) -> None:
         "float_bytes": record.float_bytes,
     }
     text = json.dumps(manifest, sort_keys=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replaced_file(path) as temporary:
         save_file(tensors, str(temporary), {"manifest": text, "sha256": content_hash(tensors, text)})
+
+
+def _check_rebuilds(record: Quantization, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless ``load`` would find every tensor where the manifest's model has it."""
+    assert record.model_config is not None
+    rebuilt = quantized_skeleton(build_vit(record.model_config, "meta"), record.allocation).state_dict()
+    shapes, wanted = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, rebuilt))
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise ValueError(
+                f"save: timm's {record.model_config['class']} must rebuild the model from its constructor's arguments; "
+                f"{name} would be {wanted.get(name, 'absent')}, is {shapes.get(name, 'absent')}"
+            )
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -70,15 +85,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     manifest, tensors = _read(path)
-    allocation = BitAllocation.from_json(json.dumps(manifest["allocation"]))
-    model = quantized_skeleton(build_vit(manifest["model"], "meta"), allocation)
     try:
+        allocation = BitAllocation.from_json(json.dumps(manifest["allocation"]))
+        sites = tuple(Site(**site) for site in manifest["sites"])
+        model = quantized_skeleton(build_vit(manifest["model"], "meta"), allocation)
         model.load_state_dict(tensors, strict=True, assign=True)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensors do not fit the manifest: {error}") from error
-    model.pretrained_cfg = manifest["data"]
-    sites = tuple(Site(**site) for site in manifest["sites"])
-    model.quantization = Quantization(manifest["model"], allocation, sites, manifest["float_bytes"])
+        model.pretrained_cfg = manifest["data"]
+        model.quantization = Quantization(manifest["model"], allocation, sites, manifest["float_bytes"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensors do not fit the manifest: {type(error).__name__}: {error}") from error
     return model.requires_grad_(False).to(device).eval()
 
 
@@ -96,11 +111,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         manifest = json.loads(text)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: the manifest is not JSON: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format must be {FORMAT!r}, got {manifest.get('format')!r}")
-    if manifest["semantics_version"] != SEMANTICS_VERSION:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        got = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise CheckpointError(f"{path}: format must be {FORMAT!r}, got {got!r}")
+    version = manifest.get("semantics_version")
+    if version != SEMANTICS_VERSION:
         raise CheckpointError(
-            f"{path}: semantics version must be {SEMANTICS_VERSION}, got {manifest['semantics_version']}; "
+            f"{path}: semantics version must be {SEMANTICS_VERSION}, got {version}; "
             "quantize the float model again, or use the vitq-kernels that wrote the file"
         )
     if content_hash(tensors, text) != metadata.get("sha256"):

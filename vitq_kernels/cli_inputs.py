@@ -49,7 +49,10 @@ def float_weights(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"--checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
-    return state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    for key in ("state_dict", "model"):  # where training scripts put the weights
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            return dict(state[key])
+    return state if isinstance(state, dict) else {}
 
 
 def calibration_images(

@@ -59,7 +59,7 @@ def quantize(
     config = config or QuantConfig()
     parts = vit_parts(model, strict=strict)
     for name, reason in parts.left_in_float.items():
-        warnings.warn(f"{name} stays in float: {reason} has no integer form", stacklevel=2)
+        warnings.warn(f"{name} stays in float: {reason} has no integer form", stacklevel=3)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"model: weights must be finite, got NaN or Inf in {name}")
@@ -69,13 +69,14 @@ def quantize(
     if images is None and stats is None:
         raise ValueError("quantize: images or stats must be given, got neither")
     batches = [] if images is None else image_batches(images, batch_size)
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         stats = stats or calibrate(model, batches)
         result = copy.deepcopy(model).requires_grad_(False)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     result.quantization = Quantization(
         vit_config(model) if not parts.left_in_float else None,
         allocation,

@@ -138,7 +138,7 @@ class Converter:
         return QuantLayerNorm((gamma.double() / q.scale.double()).float(), offset.float(), norm.eps, q.bits), q
 
     def attention(self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream) -> QuantAttention:
-        """qkv, integer attention and proj (design S4).
+        """qkv, integer attention and proj (semantics S4).
 
         Keys are centred by their mean, which softmax does not see; values by the middle of their range, which comes
         back through proj's bias.

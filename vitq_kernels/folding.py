@@ -15,7 +15,7 @@ from vitq_kernels.spec import RowGroups
 
 @dataclass(frozen=True)
 class FoldedLinear:
-    """A linear in integers: ``real[n] = scale[n] * sum_k w[n, k] * (q_k - z_k) + bias[n]`` (design S2)."""
+    """A linear in integers: ``real[n] = scale[n] * sum_k w[n, k] * (q_k - z_k) + bias[n]`` (semantics S2)."""
 
     site: str
     weight: PackedWeight
@@ -28,10 +28,14 @@ class FoldedLinear:
         return (self.scale if out_scale is None else self.scale / out_scale.double()).float()
 
     def bias_q(self, centre: Tensor | None = None) -> Tensor:
-        """``rint((bias - centre) / scale) - zero_sum``, int32 [N]; raises ValueError when it does not fit."""
+        """``rint((bias - centre) / scale) - zero_sum``, int32 [N].
+
+        Raises:
+            ValueError: it, or an accumulator that starts from it, does not fit int32.
+        """
         bias = self.bias if centre is None else self.bias - centre.double()
         value = (bias / self.scale).round() - self.zero_sum.double()
-        if bool((value.abs() >= 2**31).any()):
+        if bool((value.abs() >= 2**31 - 2**14 * self.weight.cols).any()):
             row = int(value.abs().argmax())
             raise ValueError(f"{self.site}: bias of row {row} must fit int32 accumulator units, got {value[row]:.4g}")
         return value.int()

@@ -4,7 +4,7 @@ One forward program written in these functions (relevance.py) serves every compo
 sums what arrives at a fork, which is Chefer's Clone rule. Two families:
 
 - Chefer: Chefer, Gur, Wolf, "Transformer Interpretability Beyond Attention Visualization", CVPR 2021, as its code does
-  it (methods.md 1.1), with two differences: the stabiliser has the sign of what it stabilises, and a residual's
+  it (methods.md 1), with two differences: the stabiliser has the sign of what it stabilises, and a residual's
   normalising sums are taken per sample. What flows back is the relevance R itself.
 - AttnLRP: Achtibat et al., "AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for Transformers", ICML 2024, in
   its gradient x input form. What flows back is g = R/y, so R = y * g at any tensor y.

@@ -134,7 +134,7 @@ def vit_parts(model: nn.Module, *, strict: bool = False) -> VitParts:
     if type(model.patch_embed) is not PatchEmbed:
         raise UnsupportedModelError(f"patch_embed must be a timm PatchEmbed, got {type(model.patch_embed).__name__}")
     conv = model.patch_embed.proj
-    if type(conv) is not nn.Conv2d or conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.groups != 1:
+    if type(conv) is not nn.Conv2d or (conv.stride, conv.padding, conv.groups) != (conv.kernel_size, (0, 0), 1):
         raise UnsupportedModelError(f"patch_embed.proj must be a Conv2d over whole patches, got {conv}")
     if model.attn_pool is not None:
         left["attn_pool"] = f"{type(model.attn_pool).__name__} pooling"
@@ -145,13 +145,10 @@ def vit_parts(model: nn.Module, *, strict: bool = False) -> VitParts:
             blocks.append(_block_parts(f"blocks.{index}", block))
         else:
             left[f"blocks.{index}"] = reason
-    heads = {}
-    for name in ("head", "head_dist"):
-        module = getattr(model, name, nn.Identity())
-        if type(module) is nn.Linear and module.out_features > 0:
-            heads[name] = module
-        elif not isinstance(module, nn.Linear | nn.Identity) or type(module) is not nn.Linear and module.weight.numel():
-            left[name] = f"classifier of type {type(module).__name__}"
+    classifiers = {name: getattr(model, name, nn.Identity()) for name in ("head", "head_dist")}
+    heads = {name: head for name, head in classifiers.items() if type(head) is nn.Linear and head.out_features}
+    others = {name: type(head).__name__ for name, head in classifiers.items() if type(head) is not nn.Linear}
+    left |= {name: f"classifier of type {kind}" for name, kind in others.items() if kind != "Identity"}
     if left and strict:
         name, reason = next(iter(left.items()))
         raise UnsupportedModelError(f"{name}: {reason} has no integer form ({len(left)} such parts)")
@@ -255,6 +252,8 @@ def vit_config(model: VisionTransformer) -> dict[str, Any]:
     """
     parts = vit_parts(model, strict=True)
     first = parts.blocks[0]
+    if any(block.gelu != first.gelu for block in parts.blocks):
+        raise UnsupportedModelError("blocks must share one form of GELU to be described")
     norms = {n: m.eps for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
     arguments = {
         "img_size": list(model.patch_embed.img_size),

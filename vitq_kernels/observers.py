@@ -11,7 +11,7 @@ from torch import Tensor
 from vitq_kernels.quantizers import log2_levels, log2_steps, quantization_error
 from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantConfig
 
-# Candidate ranges: RepQ-ViT's percentiles; below .999 hurt end to end at W4A4 (methods.md 10).
+# Candidate ranges: RepQ-ViT's percentiles; below .999 hurt end to end at W4A4 (methods.md 3).
 PERCENTILES = (0.999, 0.9999, 1.0)
 WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 # From this width on, a range that clips nothing beats the one of least squared error: at 8 bits the few clipped values
@@ -134,7 +134,7 @@ class InputMoments:
 
 
 def tau_errors(qkv: Tensor, heads: int, softmax_scale: float) -> Tensor:
-    """Squared error of the attention output for every width and step of the log2 code (design S4).
+    """Squared error of the attention output for every width and step of the log2 code (semantics S4).
 
     Args:
         qkv: float32 [B, S, 3 * H * D], the qkv linear's output.

@@ -67,8 +67,8 @@ def allocate(
         budget: limits that hold together.
         activation_bits: width of all activations inside the blocks.
         images: to measure what each width costs a row; without them the cost is estimated from the weights alone.
-        strategy: "relevance": groups of rows, relevance of a row times its relative error (methods.md 11).
-            "lrp-qvit": one width a layer, mean relevance times 4^-bits (methods.md 1.3). "random": "relevance" with the
+        strategy: "relevance": groups of rows, relevance of a row times its relative error (methods.md 2).
+            "lrp-qvit": one width a layer, mean relevance times 4^-bits (methods.md 2). "random": "relevance" with the
             rows' relevance permuted over the model, the control.
         seed: of the permutation.
         progress: called with (linears measured, linears in all).

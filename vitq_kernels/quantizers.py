@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantFormat
 
-# Fractions of a row's absolute maximum tried as clipping points (methods.md 7.2: 0.5 to 1.0).
+# Fractions of a row's absolute maximum tried as clipping points (methods.md 4: 0.5 to 1.0).
 CLIP_GRID = tuple(0.5 + 0.02 * i for i in range(26))
 # Channels that never vary still need a positive scale; 1e-8 of a real unit changes no logit.
 SCALE_FLOOR = 1e-8
@@ -187,9 +187,9 @@ def log2_levels(bits: int, tau: float) -> Tensor:
 def log2_steps(bits: int) -> tuple[float, ...]:
     """The steps tau, in octaves a code, that are worth trying at a width.
 
-    Four bits and fewer: the grid of methods.md 7.2, coarser steps for fewer codes. Above, powers of two only, so that a
-    kernel can make the levels from a short table and a shift (design S4): 2^b codes times tau span 8 or 16 octaves, and
-    a u8 level has 8.
+    Four bits and fewer: the grid of methods.md 4, coarser steps for fewer codes. Above, powers of two only, so that a
+    kernel can make the levels from a short table and a shift: 2^b codes times tau span 8 or 16 octaves, and a u8 level
+    has 8.
     """
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits must be in {MIN_BITS}..{MAX_BITS}, got {bits}")

@@ -39,7 +39,7 @@ class Relevance:
     method: Method
     tokens: Tokens  # which tokens were counted (rows of query tokens at qk); heads have no tokens and always count
     images: int
-    flow: Mapping[str, float]  # Σ|R| at the site over Σ|R| at the logits, per image (methods.md 1.2, D2)
+    flow: Mapping[str, float]  # Σ|R| at the site over Σ|R| at the logits, per image (methods.md 1, D2)
     mean_score: Mapping[str, float]  # mean of the signed R, over Σ_sites |mean| (D1, LRP-QViT's literal score)
     row_flow: Mapping[str, Sequence[float]]  # flow of each output row of each linear; a site's rows add up to its flow
 

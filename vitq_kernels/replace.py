@@ -18,7 +18,7 @@ from vitq_kernels.spec import RowGroups, check_bits
 def replace_linears(model: nn.Module, *, weight_bits: int = 8, exclude: Sequence[str] = ()) -> nn.Module:
     """Replaces every ``nn.Linear`` of any model by an integer one, in place, without calibration.
 
-    Activations are quantized per token in the call (design S5). Subclasses of ``nn.Linear`` are left alone: their
+    Activations are quantized per token in the call (semantics S5). Subclasses of ``nn.Linear`` are left alone: their
     owners may read the weight in ways of their own.
 
     Args:
@@ -38,6 +38,12 @@ def replace_linears(model: nn.Module, *, weight_bits: int = 8, exclude: Sequence
             if module not in replaced:
                 replaced[module] = _dynamic_linear(name, module, weight_bits)
             model.set_submodule(name, replaced[module])
+    for module in model.modules():
+        # The fused inference paths of torch's transformer read the weights of their linears; these flags turn them off.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     if not replaced:
         raise ValueError(f"model must contain an nn.Linear that is not excluded, got none in {type(model).__name__}")
     return model

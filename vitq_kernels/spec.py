@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 MIN_BITS, MAX_BITS = 2, 8
-TILE_ROWS = 256  # rows a kernel stages together; the order of rows is free inside a tile (design 3)
+TILE_ROWS = 256  # rows a kernel stages together; the order of rows is free inside a tile (docs/semantics.md)
 
 SiteKind = Literal["patch_embed", "qkv", "qk", "av", "proj", "fc1", "fc2", "head"]
 Observer = Literal["minmax", "percentile", "mse"]
@@ -79,9 +79,9 @@ class Site:
 
 
 def default_group_rows(rows: int) -> int:
-    """Rows per group: 64, the M operand of an MMA tile, or less where a layer is small (design 3).
+    """Rows per group: 64, the M operand of an MMA tile, or less where a layer is small (docs/semantics.md).
 
-    ViT-Tiny at a mean of 3 bits measured KL .524 with 64-row groups, .492 with 32 and .502 with 16 (methods.md 11).
+    ViT-Tiny at a mean of 3 bits measured KL .524 with 64-row groups, .492 with 32 and .502 with 16 (methods.md 2).
     """
     return 64 if rows >= 512 else 32 if rows >= 128 else 16
 
@@ -322,13 +322,13 @@ class QuantConfig:
 
     observer: Observer | None = None  # range of every activation; None: min-max from 6 bits on, least squares below
     percentile: float = 0.9999  # used by observer="percentile"
-    # How far a weight's columns follow the scales of its input channels (methods.md 1.4), after LayerNorm, GELU,
+    # How far a weight's columns follow the scales of its input channels (methods.md 3), after LayerNorm, GELU,
     # attention and pooling: 1 is channel-wise, 0 per tensor.
     reparam_exponent: float = 0.5
     gelu_exponent: float = 0.75
     value_exponent: float = 0.5
     head_exponent: float = 0.5
-    class_token_weight: float = 8.0  # of the tokens that the classifier reads, in the second moments (methods.md 11)
+    class_token_weight: float = 8.0  # of the tokens that the classifier reads, in the second moments (methods.md 2)
     gptq: bool = True  # round weights against the calibrated inputs' second moments instead of to nearest
     bias_correction: bool = True  # shift biases by the mean output error on the calibration images
 

@@ -10,7 +10,7 @@ from vitq_kernels.nn.module import IntegerModule
 
 
 class QuantAttention(IntegerModule):
-    """qkv linear, log2-quantized softmax attention (design S4), output projection added to the residual.
+    """qkv linear, log2-quantized softmax attention (semantics S4), output projection added to the residual.
 
     Args:
         qkv: codes in, codes out; rows [3, H, D].

@@ -9,7 +9,7 @@ from vitq_kernels.nn.module import IntegerModule
 
 
 class QuantLayerNorm(IntegerModule):
-    """LayerNorm and quantization in one pass: float [..., K] to int8 codes (design S3).
+    """LayerNorm and quantization in one pass: float [..., K] to int8 codes (semantics S3).
 
     Args:
         gain: float32 [K], ``gamma / scale``.

@@ -79,7 +79,7 @@ class PackedLinear(IntegerModule):
 class QuantLinear(PackedLinear):
     """An integer linear with static activation scales: int8 codes in; codes, gelu codes, real or residual out.
 
-    The input's scale lives in the weight's columns, its zero point and the bias in ``bias_q`` (design S2). With
+    The input's scale lives in the weight's columns, its zero point and the bias in ``bias_q`` (semantics S2). With
     ``quantize_input`` the module takes float activations and is a drop-in for ``nn.Linear``.
 
     Args:

@@ -28,7 +28,7 @@ class IntegerModule(nn.Module):
 
 
 class QuantizeInput(IntegerModule):
-    """Real activations [..., K] to int8 codes with a static scale and zero point per channel (design S1)."""
+    """Real activations [..., K] to int8 codes with a static scale and zero point per channel (semantics S1)."""
 
     def __init__(self, inv_scale: Tensor, zero_point: Tensor, bits: int) -> None:
         super().__init__()

@@ -1,0 +1,109 @@
+"""The arguments and options that verbs share: names, help texts, and checks that end a bad call before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import typer
+
+from vitq_kernels.planning import Strategy as StrategyName
+from vitq_kernels.spec import MAX_BITS, MIN_BITS
+
+Check = Callable[[typer.CallbackParam, Any], Any]
+
+
+def whole(low: int, high: int | None = None) -> Check:
+    """An integer in a range, or None."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and (value < low or (high is not None and value > high)):
+            allowed = f"at least {low}" if high is None else f"in {low}..{high}"
+            raise ValueError(f"{_name(param)} must be {allowed}, got {value}")
+        return value
+
+    return check
+
+
+def one_of(names: Sequence[str]) -> Check:
+    """One of a few words."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value not in names:
+            raise ValueError(f"{_name(param)} must be one of {', '.join(names)}, got {value!r}")
+        return value
+
+    return check
+
+
+def writable(param: typer.CallbackParam, value: Any) -> Any:
+    """A file in a directory that exists, or None: an hour of work must not end at a typo."""
+    if value is not None and value.is_dir():
+        raise ValueError(f"{_name(param)} must be a file, {value} is a directory")
+    if value is not None and not value.parent.is_dir():
+        raise ValueError(f"{_name(param)} {value}: directory {value.parent} does not exist")
+    return value
+
+
+def usable_device(param: typer.CallbackParam, value: Any) -> Any:
+    """A torch device that holds numbers here."""
+    try:
+        torch.zeros(1, device=value).tolist()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
+        raise ValueError(f"{_name(param)} {value} cannot be used here: {str(error).splitlines()[0]}") from error
+    return value
+
+
+def _name(param: typer.CallbackParam) -> str:
+    return max(param.opts, key=len)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name, such as vit_tiny_patch16_224")]
+Quantized = Annotated[Path, typer.Argument(metavar="FILE", help="what `vitq quantize` wrote")]
+Checkpoint = Annotated[Path | None, typer.Option(help="local float weights: safetensors, or a pickle of weights alone")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="let timm fetch the float weights")]
+Strict = Annotated[bool, typer.Option("--strict", help="refuse models of which a part stays float")]
+Calibration = Annotated[Path, typer.Option(help="folder of calibration images")]
+Images = Annotated[Path, typer.Option(help="folder of images: class subfolders, or flat with labels.csv (file,label)")]
+Count = Annotated[
+    int, typer.Option("--calibration-images", callback=whole(1), help="how many of them to use, chosen by --seed")
+]
+Limit = Annotated[int | None, typer.Option(callback=whole(1), help="how many of them to use, chosen by --seed")]
+Mean = Annotated[str | None, typer.Option(help="channel means, comma separated; default: the model's own")]
+Std = Annotated[
+    str | None, typer.Option(help="channel standard deviations, comma separated; default: the model's own")
+]
+Crop = Annotated[
+    float | None, typer.Option(help="share of the resized short side that is kept; default: the model's own")
+]
+Seed = Annotated[
+    int, typer.Option(callback=whole(0, 2**63 - 1), help="of the choice of images and everything random")
+]
+Json = Annotated[Path | None, typer.Option("--json", callback=writable, help="write the result here as JSON")]
+Device = Annotated[str, typer.Option(callback=usable_device, help="cpu, cuda, ...")]
+Batch = Annotated[int, typer.Option(callback=whole(1), help="images a forward")]
+WeightBits = Annotated[
+    int | None, typer.Option(callback=whole(MIN_BITS, MAX_BITS), help="one width for the linears of the blocks, 2..8")
+]
+ActBits = Annotated[
+    int, typer.Option(callback=whole(MIN_BITS, MAX_BITS), help="width of the blocks' activations, 2..8")
+]
+MeanBits = Annotated[float | None, typer.Option(help="budget: mean bits of a weight over the linears of the blocks")]
+SizeMb = Annotated[float | None, typer.Option(help="budget: packed weights, in 10^6 bytes")]
+BitOps = Annotated[
+    float | None, typer.Option(help="budget: MACs * weight bits * activation bits of an image, in 10^9")
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        callback=one_of(get_args(StrategyName)),
+        help="who gets the bits: relevance, lrp-qvit (as published, per layer) or random (the control)",
+    ),
+]
+
+
+def output(what: str) -> Any:
+    """The --out option, for ``what`` is written."""
+    return typer.Option("--out", "-o", callback=writable, help=f"where the {what} goes")
