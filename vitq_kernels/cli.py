@@ -17,6 +17,7 @@ from vitq_kernels.cli_inputs import (
     calibration_images,
     check_budget,
     float_model,
+    float_twin,
     integer_sites,
     numbers,
     overrides,
@@ -69,7 +70,8 @@ def score(
         str, typer.Option(callback=options.one_of(("attnlrp", "chefer")), help="rules of LRP: attnlrp or chefer")
     ] = "attnlrp",
     tokens: Annotated[
-        str, typer.Option(callback=options.one_of(("all", "image", "class")), help="tokens that count: all, image, class")
+        str,
+        typer.Option(callback=options.one_of(("all", "image", "class")), help="tokens that count: all, image, class"),
     ] = "all",
     count: options.Count = 64,
     mean: options.Mean = None,
@@ -224,15 +226,13 @@ def evaluate(
     """
     qmodel = vitq.load(quantized, device)
     transform = eval_transform(qmodel, mean=numbers("mean", mean), std=numbers("std", std), crop=crop)
-    net = None
-    if checkpoint is not None or pretrained:
-        net = float_model(qmodel.pretrained_cfg.get("architecture", ""), checkpoint, pretrained).to(device)
+    net = float_twin(qmodel, checkpoint, pretrained)
     folder = ImageFolder.scan(images).sample(limit, seed)
     with Bar("evaluating", len(folder.files)) as progress:
         result = vitq.evaluate(
             qmodel,
             folder.batches(transform, batch),
-            float_model=net,
+            float_model=None if net is None else net.to(device),
             progress=lambda done: progress(done, len(folder.files)),
         )
     payload = {**result.to_dict(), **sizes(qmodel), "device": device}

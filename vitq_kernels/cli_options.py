@@ -72,15 +72,11 @@ Count = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(callback=whole(1), help="how many of them to use, chosen by --seed")]
 Mean = Annotated[str | None, typer.Option(help="channel means, comma separated; default: the model's own")]
-Std = Annotated[
-    str | None, typer.Option(help="channel standard deviations, comma separated; default: the model's own")
-]
+Std = Annotated[str | None, typer.Option(help="channel standard deviations, comma separated; default: the model's own")]
 Crop = Annotated[
     float | None, typer.Option(help="share of the resized short side that is kept; default: the model's own")
 ]
-Seed = Annotated[
-    int, typer.Option(callback=whole(0, 2**63 - 1), help="of the choice of images and everything random")
-]
+Seed = Annotated[int, typer.Option(callback=whole(0, 2**63 - 1), help="of the choice of images and everything random")]
 Json = Annotated[Path | None, typer.Option("--json", callback=writable, help="write the result here as JSON")]
 Device = Annotated[str, typer.Option(callback=usable_device, help="cpu, cuda, ...")]
 Batch = Annotated[int, typer.Option(callback=whole(1), help="images a forward")]
@@ -92,9 +88,7 @@ ActBits = Annotated[
 ]
 MeanBits = Annotated[float | None, typer.Option(help="budget: mean bits of a weight over the linears of the blocks")]
 SizeMb = Annotated[float | None, typer.Option(help="budget: packed weights, in 10^6 bytes")]
-BitOps = Annotated[
-    float | None, typer.Option(help="budget: MACs * weight bits * activation bits of an image, in 10^9")
-]
+BitOps = Annotated[float | None, typer.Option(help="budget: MACs * weight bits * activation bits of an image, in 10^9")]
 Strategy = Annotated[
     str,
     typer.Option(

@@ -45,7 +45,7 @@ def evaluate(
         progress: called with the number of images done.
 
     Raises:
-        ValueError: no images, or a label that is no class of the model.
+        ValueError: no images, a label that is no class of the model, or a float model of other classes.
     """
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
     images = correct = float_correct = labelled = agreed = 0
@@ -67,6 +67,9 @@ def evaluate(
             correct += int((predicted == labels).sum())
         if float_model is not None:
             reference = float_model(x).float()
+            if reference.shape != logits.shape:
+                classes = f"{reference.shape[-1]} and {logits.shape[-1]}"
+                raise ValueError(f"float_model and model must have the same number of classes, got {classes}")
             if labels is not None:
                 float_correct += int((reference.argmax(-1) == labels).sum())
             agreed += int((reference.argmax(-1) == predicted).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class ImageFolder:
             files, labels = _read_labels(folder, table)
             return cls(files, labels)
         if classes:
-            numbered = all(d.name.isdigit() for d in classes)
+            numbered = all(d.name.isdecimal() for d in classes)
             pairs = [(f, int(d.name) if numbered else i) for i, d in enumerate(classes) for f in _images(d)]
             return cls(tuple(f for f, _ in pairs), tuple(label for _, label in pairs))
         flat = tuple(_images(folder))
@@ -99,11 +100,25 @@ def eval_transform(
         model: a timm model, or one loaded by ``vitq_kernels.load``.
         mean, std: per channel, or None for the model's own.
         crop: share of the resized short side that is kept, or None for the model's own.
+
+    Raises:
+        ValueError: an argument differs from the above.
     """
     config: dict[str, Any] = resolve_model_data_config(model)
-    for name, value in (("mean", mean), ("std", std), ("crop_pct", crop)):
-        if value is not None:
-            config[name] = tuple(value) if isinstance(value, Sequence) else value
+    embed: Any = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None) and getattr(embed, "strict_img_size", False):
+        config["input_size"] = (config["input_size"][0], *embed.img_size)  # timm's config may be of another size
+    channels = config["input_size"][0]
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            if len(values) != channels or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+                sign = "positive " if name == "std" else ""
+                raise ValueError(f"{name} must be {channels} {sign}numbers, one a channel, got {list(values)}")
+            config[name] = tuple(values)
+    if crop is not None:
+        if not 0 < crop <= 1:
+            raise ValueError(f"crop must be a share in (0, 1], got {crop}")
+        config["crop_pct"] = crop
     transform: Transform = create_transform(**config, is_training=False)
     return transform
 
@@ -113,17 +128,20 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _read_labels(folder: Path, table: Path) -> tuple[tuple[Path, ...], tuple[int, ...]]:
-    with table.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        if not {"file", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{table} must have columns file,label, got {reader.fieldnames}")
-        rows = list(reader)
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as handle:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(handle)
+            if not {"file", "label"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"{table} must have columns file,label, got {reader.fieldnames}")
+            rows = [(reader.line_num, row) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{table} is not a table of text: {error}") from error
     files, labels = [], []
-    for line, row in enumerate(rows, start=2):
-        file = folder / row["file"]
+    for line, row in rows:
+        file = folder / (row["file"] or "")
         if not file.is_file():
-            raise ValueError(f"{table} line {line}: file {row['file']} is not in the folder")
-        if not (row["label"] or "").strip().isdigit():
+            raise ValueError(f"{table} line {line}: file {row['file']!r} is not in the folder")
+        if not (row["label"] or "").strip().isdecimal():
             raise ValueError(f"{table} line {line}: label must be a whole number, got {row['label']!r}")
         files.append(file)
         labels.append(int(row["label"]))

@@ -57,12 +57,14 @@ def report_of(
     record: Quantization = model.quantization
     rows: list[Measurement] = []
     for label, result in results.items():
+        if not isinstance(result, Mapping):
+            raise ValueError(f"evaluation {label} must be JSON of `vitq eval`, got {type(result).__name__}")
         try:
+            device = result.get("device", "")
             if result["float_top1"] is not None and not rows:
                 size = result["float_bytes"]
-                rows.append(Measurement("float32", result["float_top1"], None, None, size, 32.0, None, None, ""))
-            shown = [result[key] for key in EVALUATION_KEYS]
-            rows.append(Measurement(label, *shown, None, result.get("device", "")))
+                rows.append(Measurement("float32", result["float_top1"], None, None, size, 32.0, None, None, device))
+            rows.append(Measurement(label, *(result[key] for key in EVALUATION_KEYS), None, device))
         except KeyError as error:
             raise ValueError(f"evaluation {label} must be JSON of `vitq eval`, it lacks {error}") from error
     architecture = model.pretrained_cfg.get("architecture", "VisionTransformer")
