@@ -54,7 +54,6 @@ def save(model: nn.Module, path: str | Path) -> None:
         "data": {key: config[key] for key in DATA_KEYS if config.get(key) is not None},
         "allocation": json.loads(record.allocation.to_json()),
         "sites": [asdict(site) for site in record.sites],
-        "float_bytes": record.float_bytes,
     }
     text = json.dumps(manifest, sort_keys=True)
     with replaced_file(path) as temporary:
@@ -91,7 +90,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         model = quantized_skeleton(build_vit(manifest["model"], "meta"), allocation)
         model.load_state_dict(tensors, strict=True, assign=True)
         model.pretrained_cfg = manifest["data"]
-        model.quantization = Quantization(manifest["model"], allocation, sites, manifest["float_bytes"])
+        model.quantization = Quantization(manifest["model"], allocation, sites)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensors do not fit the manifest: {type(error).__name__}: {error}") from error
     return model.requires_grad_(False).to(device).eval()

@@ -63,7 +63,7 @@ def demo(
 def score(
     model: options.Model,
     calibration: options.Calibration,
-    out: Annotated[Path, options.output("scores file")] = Path("scores.json"),
+    out: Annotated[Path, options.output("scores")] = Path("scores.json"),
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
     method: Annotated[
@@ -209,9 +209,9 @@ def quantize(
 def evaluate(
     quantized: options.Quantized,
     images: options.Images,
+    limit: options.Limit = None,
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
-    limit: options.Limit = None,
     mean: options.Mean = None,
     std: options.Std = None,
     crop: options.Crop = None,
@@ -242,7 +242,7 @@ def evaluate(
 @app.command()
 def report(
     quantized: options.Quantized,
-    out: Annotated[Path, options.output("HTML")] = Path("report.html"),
+    out: Annotated[Path, options.output("page")] = Path("report.html"),
     scores: Annotated[Path | None, typer.Option(help="what `vitq score` wrote, for the relevance plots")] = None,
     evaluation: Annotated[
         list[Path] | None, typer.Option("--eval", help="what `vitq eval --json` wrote; may repeat, this model's last")

@@ -189,7 +189,7 @@ def scores_for(sites: Sequence[Site], path: Path) -> Relevance:
 
 
 def sizes(qmodel: Any) -> dict[str, Any]:
-    """Bytes of the packed weights with their row orders, of the float model, and mean widths."""
+    """Bytes of the packed weights with their row orders, of the same weights in float32, and the mean width."""
     record = qmodel.quantization
     return {
         "weight_bytes": record.allocation.weight_bytes(record.sites),

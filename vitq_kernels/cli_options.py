@@ -68,9 +68,9 @@ Strict = Annotated[bool, typer.Option("--strict", help="refuse models of which a
 Calibration = Annotated[Path, typer.Option(help="folder of calibration images")]
 Images = Annotated[Path, typer.Option(help="folder of images: class subfolders, or flat with labels.csv (file,label)")]
 Count = Annotated[
-    int, typer.Option("--calibration-images", callback=whole(1), help="how many of them to use, chosen by --seed")
+    int, typer.Option("--calibration-images", callback=whole(1), help="images to use at most, chosen by --seed")
 ]
-Limit = Annotated[int | None, typer.Option(callback=whole(1), help="how many of them to use, chosen by --seed")]
+Limit = Annotated[int | None, typer.Option(callback=whole(1), help="images to use at most, chosen by --seed")]
 Mean = Annotated[str | None, typer.Option(help="channel means, comma separated; default: the model's own")]
 Std = Annotated[str | None, typer.Option(help="channel standard deviations, comma separated; default: the model's own")]
 Crop = Annotated[
@@ -99,5 +99,5 @@ Strategy = Annotated[
 
 
 def output(what: str) -> Any:
-    """The --out option, for ``what`` is written."""
-    return typer.Option("--out", "-o", callback=writable, help=f"where the {what} goes")
+    """The --out option of a verb that writes ``what``."""
+    return typer.Option("--out", "-o", callback=writable, help=f"file to write the {what} to")

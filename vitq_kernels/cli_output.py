@@ -24,7 +24,7 @@ SHOWN = {
     "kl": ("KL from float", "{:.5f} nats"),
     "images_per_s": ("speed", "{:.1f} images/s"),
     "weight_bytes": ("packed weights", "{:,} bytes"),
-    "float_bytes": ("float parameters", "{:,} bytes"),
+    "float_bytes": ("in float32", "{:,} bytes"),
     "mean_weight_bits": ("mean weight bits", "{:.4g}"),
 }
 

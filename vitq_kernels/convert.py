@@ -24,7 +24,11 @@ class Quantization:
     model_config: dict[str, Any] | None  # models.vit_config of the float model; None if a part of it stayed float
     allocation: BitAllocation
     sites: tuple[Site, ...]
-    float_bytes: int  # of all parameters in float32
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the quantized weights in float32: what ``allocation.weight_bytes`` compares with."""
+        return 4 * sum(site.rows * site.cols for site in self.sites)
 
 
 @torch.no_grad()
@@ -53,7 +57,7 @@ def quantize(
         progress: called with (sites done, sites in all).
 
     Raises:
-        ValueError: no images and no stats, non-finite images or weights, an allocation of another model.
+        ValueError: no images and no stats, non-finite images or weights, an allocation or stats of another model.
         UnsupportedModelError: the model is no VisionTransformer, or ``strict`` and a part has no integer form.
     """
     config = config or QuantConfig()
@@ -77,11 +81,12 @@ def quantize(
     finally:
         for module in training:
             module.training = True
+    if unseen := [site.name for site in sites if site.has_weight and site.name not in stats.inputs]:
+        raise ValueError(f"stats do not fit the model: nothing was seen of {unseen[:3]}")
     result.quantization = Quantization(
         vit_config(model) if not parts.left_in_float else None,
         allocation,
         sites,
-        4 * sum(p.numel() for p in model.parameters()),
     )
     return _convert(result, Converter(vit_parts(result), stats, allocation, config, batches), len(sites), progress)
 

@@ -84,7 +84,7 @@ def run_demo(out: str | Path, device: str = "cpu", *, progress: Callable[[str], 
     probe = images[:64].to(device)
     float_on_device = copy.deepcopy(model).to(device)
     base = evaluate(float_on_device, batches())
-    float_bytes = 4 * sum(p.numel() for p in model.parameters())
+    float_bytes = 4 * sum(site.rows * site.cols for site in sites)
     rows = [float_measurement(base, float_bytes, device, latency_ms(float_on_device, probe) if gpu else None)]
     for label, plan in plans.items():
         progress(f"quantizing and evaluating {label}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitq_kernels.observers import InputMoments
 from vitq_kernels.packing import PackedWeight, pack_weight
 from vitq_kernels.quantizers import AffineQuantizer, gptq, round_to_nearest, weight_scale
-from vitq_kernels.spec import RowGroups
+from vitq_kernels.spec import QuantFormat, RowGroups
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def fold_linear(
     else:
         codes = round_to_nearest(folded, scale, row_bits)
     real_bias = torch.zeros_like(scale).double() if bias is None else bias.double()
+    # What all codes of a channel that stays away from zero have in common passes through the exact weight: beside a
+    # channel that hardly varies, its column may well round to zero.
+    fmt, zero_point = QuantFormat(quantizer.bits), quantizer.zero_point.double()
+    common = torch.zeros_like(zero_point).clamp(min=fmt.qmin - zero_point, max=fmt.qmax - zero_point)
+    real_bias = real_bias + (folded.double() - codes.double() * scale.double()[:, None]) @ common
     if moments is not None and output_mean is not None:
         real_bias = output_mean.double() - scale.double() * (codes.double() @ moments.mean)
     zero_sum = codes.long() @ quantizer.zero_point.long()
