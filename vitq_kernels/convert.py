@@ -88,7 +88,8 @@ def quantize(
         allocation,
         sites,
     )
-    return _convert(result, Converter(vit_parts(result), stats, allocation, config, batches), len(sites), progress)
+    converter = Converter(vit_parts(result), stats, allocation, config, batches)
+    return _convert(result, converter, len(sites), progress).eval()
 
 
 def _convert(

@@ -52,6 +52,8 @@ class Converter:
         low, high = self.stats.inputs[site].choose(bits, self.config)
         if site in self.class_sites and bits >= MINMAX_BITS:
             middle, reach = (low + high) / 2, (high - low) / 2 * CLASS_MARGIN
+            # At least as far as the typical channel, either side of zero: from one image every range is a point.
+            reach = torch.maximum(reach, middle.abs() + torch.maximum(low.abs(), high.abs()).median())
             low, high = middle - reach, middle + reach
         return affine_quantizer(low - shift, high - shift, bits, exponent)
 
@@ -105,7 +107,8 @@ class Converter:
         area = math.prod(conv.kernel_size)
         q = AffineQuantizer(q.scale.repeat_interleave(area), q.zero_point.repeat_interleave(area), q.bits)
         quantize_input = QuantizeInput(q.inv_scale, q.zero_point, q.bits)
-        patches = [quantize_input(flatten_patches(x, conv.kernel_size)).flatten(1, 2) for x in self.images]
+        pixels = [self.parts.pixels(x) for x in self.images]
+        patches = [quantize_input(flatten_patches(x, conv.kernel_size)).flatten(1, 2) for x in pixels]
         return QuantPatchEmbed(self.real_linear(self.fold(site, conv, q, patches), quantize_input), conv.kernel_size)
 
     @staticmethod

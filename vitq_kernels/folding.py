@@ -65,7 +65,12 @@ def fold_linear(
     """
     folded = weight.float() * quantizer.scale
     row_bits = torch.tensor(groups.row_bits(), device=weight.device)
-    scale = weight_scale(folded, row_bits)
+    # Where inputs hardly vary their scales, and so the accumulator's unit, are too fine for the bias. A 2^-29th of what
+    # bias and zero points come to is still far below all that such a row can say.
+    offset = folded.abs() @ quantizer.zero_point.abs().float()
+    for vector in (bias, output_mean):
+        offset = offset if vector is None else offset + vector.float().abs()
+    scale = torch.maximum(weight_scale(folded, row_bits), offset / 2**29)
     if moments is not None and use_gptq:
         codes = gptq(folded, scale, row_bits, moments.covariance)
     else:
