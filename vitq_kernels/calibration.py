@@ -162,24 +162,26 @@ def block_linears(block: BlockParts) -> Iterator[tuple[str, nn.Linear]]:
     yield "mlp.fc2", block.fc2
 
 
-def image_batches(images: Tensor | Iterable[Tensor], batch_size: int, argument: str = "images") -> list[Tensor]:
-    """Images as a list of batches [b, C, H, W], checked: float, not empty, finite.
+def image_batches(
+    images: Tensor | Iterable[Tensor], batch_size: int, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Images as a list of batches [b, C, H, W] on a device, checked: float, not empty, finite.
 
     Raises:
-        ValueError: names the argument and the first bad image.
+        ValueError: names the first bad image.
     """
     batches = list(images.split(batch_size) if isinstance(images, Tensor) and len(images) else images)
     seen = 0
     for batch in batches:
         if batch.dim() != 4 or not batch.is_floating_point():
-            raise ValueError(f"{argument} must be float [n, C, H, W], got {batch.dtype} {list(batch.shape)}")
+            raise ValueError(f"images must be float [n, C, H, W], got {batch.dtype} {list(batch.shape)}")
         finite = torch.isfinite(batch).flatten(1).all(1)
         if not bool(finite.all()):
-            raise ValueError(f"{argument} must be finite, got NaN or Inf in image {seen + int((~finite).nonzero()[0])}")
+            raise ValueError(f"images must be finite, got NaN or Inf in image {seen + int((~finite).nonzero()[0])}")
         seen += len(batch)
     if not seen:
-        raise ValueError(f"{argument} must hold at least one image, got 0")
-    return batches
+        raise ValueError("images must hold at least one image, got 0")
+    return [batch.to(device) for batch in batches]
 
 
 @torch.no_grad()
@@ -203,7 +205,7 @@ def calibrate(
     Raises:
         ValueError: no images, or NaN/Inf in images or activations.
     """
-    batches = image_batches(images, batch_size)
+    batches = image_batches(images, batch_size, vit_parts(model).patch_proj.weight.device)
     total = sum(len(b) for b in batches)
     with Calibrator(model, expected_images=total, seed=seed) as calibrator:
         for batch in batches:
@@ -221,9 +223,11 @@ def input_covariances(
 
     What an error of a weight costs at the output (``quantizers.row_errors``).
     """
+    parts = vit_parts(model)
+    batches = image_batches(images, batch_size, parts.patch_proj.weight.device)
     moments: dict[str, InputMoments] = {}
     handles = []
-    for block in vit_parts(model).blocks:
+    for block in parts.blocks:
         for suffix, module in block_linears(block):
             moment = InputMoments.empty(module.in_features, module.weight.device)
             moments[f"{block.name}.{suffix}"] = moment
@@ -233,7 +237,7 @@ def input_covariances(
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for batch in image_batches(images, batch_size):
+        for batch in batches:
             model(batch)
     finally:
         for handle in handles:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import CalibrationStats, calibrate, image_batches
-from vitq_kernels.converter import Converter, Stream, advance
+from vitq_kernels.converter import Converter, Stream
 from vitq_kernels.models import vit_config, vit_parts, vit_sites
 from vitq_kernels.spec import BitAllocation, QuantConfig, Site
 
@@ -72,7 +72,7 @@ def quantize(
     allocation.check(sites)
     if images is None and stats is None:
         raise ValueError("quantize: images or stats must be given, got neither")
-    batches = [] if images is None else image_batches(images, batch_size)
+    batches = [] if images is None else image_batches(images, batch_size, parts.patch_proj.weight.device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -115,7 +115,7 @@ def _convert(
             model.set_submodule(name, converter.block(supported[name], stream))
             report(6)
         else:
-            advance(stream, float_block)
+            stream = [float_block(x) for x in stream]
     features: dict[str, Stream] = {name: [] for name in parts.heads}
     handles = [
         head.register_forward_pre_hook(lambda _, args, kept=features[name]: kept.append(args[0]))

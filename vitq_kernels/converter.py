@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,7 @@ class Converter:
         q = AffineQuantizer(q.scale.repeat_interleave(area), q.zero_point.repeat_interleave(area), q.bits)
         quantize_input = QuantizeInput(q.inv_scale, q.zero_point, q.bits)
         pixels = [self.parts.pixels(x) for x in self.images]
-        patches = [quantize_input(flatten_patches(x, conv.kernel_size)).flatten(1, 2) for x in pixels]
+        patches = [quantize_input(flatten_patches(x, conv.kernel_size)).flatten(0, 2) for x in pixels]
         return QuantPatchEmbed(self.real_linear(self.fold(site, conv, q, patches), quantize_input), conv.kernel_size)
 
     @staticmethod
@@ -123,13 +122,11 @@ class Converter:
         return self.real_linear(self.fold(name, module, q, [quantize_input(x) for x in features]), quantize_input)
 
     def block(self, block: BlockParts, stream: Stream) -> QuantBlock:
-        """A transformer block, given the residual stream that enters it; advances the stream in place."""
+        """A transformer block, given the residual stream that enters it; the stream comes out behind the block."""
         norm1, q1 = self.layernorm(block.norm1, f"{block.name}.attn.qkv")
-        attn = self.attention(block, q1, [norm1(x) for x in stream])
-        advance(stream, lambda x: attn(norm1(x), x))
+        attn = self.attention(block, q1, [norm1(x) for x in stream], stream)
         norm2, q2 = self.layernorm(block.norm2, f"{block.name}.mlp.fc1")
-        mlp = self.mlp(block, q2, [norm2(x) for x in stream])
-        advance(stream, lambda x: mlp(norm2(x), x))
+        mlp = self.mlp(block, q2, [norm2(x) for x in stream], stream)
         return QuantBlock(norm1, attn, norm2, mlp)
 
     def layernorm(self, norm: nn.LayerNorm, site: str) -> tuple[QuantLayerNorm, AffineQuantizer]:
@@ -140,7 +137,9 @@ class Converter:
         offset = beta.double() / q.scale.double() + q.zero_point
         return QuantLayerNorm((gamma.double() / q.scale.double()).float(), offset.float(), norm.eps, q.bits), q
 
-    def attention(self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream) -> QuantAttention:
+    def attention(
+        self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream, stream: Stream
+    ) -> QuantAttention:
         """qkv, integer attention and proj (semantics S4).
 
         Keys are centred by their mean, which softmax does not see; values by the middle of their range, which comes
@@ -185,9 +184,10 @@ class Converter:
         codes = [attn.attend(x) for x in inputs]
         proj = self.fold(proj_site, block.proj, out, codes, layer_scale=block.layer_scale1, shift=middle)
         attn.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual")
+        stream[:] = map(attn.proj, codes, stream)
         return attn
 
-    def mlp(self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream) -> QuantMlp:
+    def mlp(self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream, stream: Stream) -> QuantMlp:
         """fc1 with GELU and channel-wise requantization in its epilogue, fc2 with the residual in its own."""
         site1, site2 = f"{block.name}.mlp.fc1", f"{block.name}.mlp.fc2"
         hidden = self.quantizer(site2, self.config.gelu_exponent)
@@ -202,11 +202,8 @@ class Converter:
             out_bits=hidden.bits,
             gelu=block.gelu,
         )
-        folded = self.fold(site2, block.fc2, hidden, [fc1(x) for x in inputs], layer_scale=block.layer_scale2)
-        return QuantMlp(fc1, QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual"))
-
-
-def advance(stream: Stream, step: Callable[[Tensor], Tensor]) -> None:
-    """Replaces each batch of the stream by ``step`` of it, one at a time so that only one stream is held."""
-    for i, x in enumerate(stream):
-        stream[i] = step(x)
+        codes = [fc1(x) for x in inputs]
+        folded = self.fold(site2, block.fc2, hidden, codes, layer_scale=block.layer_scale2)
+        fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual")
+        stream[:] = map(fc2, codes, stream)
+        return QuantMlp(fc1, fc2)

@@ -84,6 +84,7 @@ def allocate(
         return allocate_bits(sites, costs, budget, activation_bits=activation_bits, granularity="layer")
     flow = {name: np.asarray(rows) for name, rows in scores.row_flow.items()}
     if strategy == "random":
+        relevance_costs(sites, flow)  # which checks the scores
         free = [s.name for s in sites if s.in_block and s.has_weight]
         shuffled = np.random.default_rng(seed).permutation(np.concatenate([flow[name] for name in free]))
         cuts = np.cumsum([len(flow[name]) for name in free])[:-1]

@@ -32,30 +32,37 @@ def replace_linears(model: nn.Module, *, weight_bits: int = 8, exclude: Sequence
     check_bits(weight_bits, "weight_bits")
     if type(model) is nn.Linear:
         return _dynamic_linear("", model, weight_bits)
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Linear and not any(fnmatch(name, pattern) for pattern in exclude)
+    }
+    if not linears:
+        raise ValueError(f"model must contain an nn.Linear that is not excluded, got none in {type(model).__name__}")
+    # All are made before the first takes its place: a bad weight leaves the model whole.
     replaced: dict[nn.Linear, DynamicQuantLinear] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear and not any(fnmatch(name, pattern) for pattern in exclude):
-            if module not in replaced:
-                replaced[module] = _dynamic_linear(name, module, weight_bits)
-            model.set_submodule(name, replaced[module])
+    for name, module in linears.items():
+        if module not in replaced:
+            replaced[module] = _dynamic_linear(name, module, weight_bits)
+    for name, module in linears.items():
+        model.set_submodule(name, replaced[module])
     for module in model.modules():
         # The fused inference paths of torch's transformer read the weights of their linears; these flags turn them off.
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-    if not replaced:
-        raise ValueError(f"model must contain an nn.Linear that is not excluded, got none in {type(model).__name__}")
     return model
 
 
 def _dynamic_linear(name: str, linear: nn.Linear, bits: int) -> DynamicQuantLinear:
+    for part, parameter in linear.named_parameters(name):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"model: weights must be finite, got NaN or Inf in {part}")
     weight = linear.weight.detach().float()
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"model: weights must be finite, got NaN or Inf in {name}.weight")
     groups = RowGroups.uniform(weight.shape[0], bits)
     row_bits = torch.full((weight.shape[0],), bits, device=weight.device)
     scale = weight_scale(weight, row_bits)
     codes = round_to_nearest(weight, scale, row_bits)
     bias = None if linear.bias is None else linear.bias.detach().float()
-    return DynamicQuantLinear(pack_weight(codes, groups), scale, bias)
+    return DynamicQuantLinear(pack_weight(codes, groups), scale, bias).train(linear.training)
