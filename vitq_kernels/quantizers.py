@@ -17,7 +17,7 @@ from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantFormat
 CLIP_GRID = tuple(0.5 + 0.02 * i for i in range(26))
 # Channels that never vary still need a positive scale; 1e-8 of a real unit changes no logit.
 SCALE_FLOOR = 1e-8
-# Largest zero point. S1 rounds exactly up to 2^22, but zero points also enter bias_q, where 2^12 * 127 * K fits int32 up
+# Largest zero point. S1 rounds exactly up to 2^22, but zero points also enter bias_q: 2^12 * 127 * K fits int32 up
 # to K = 4128. The limit widens the range of channels that vary by less than a sixteenth of their size.
 ZERO_POINT_LIMIT = 2**12
 

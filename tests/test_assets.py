@@ -1,0 +1,103 @@
+"""The real ViT-Tiny: the accuracy that the project promises, and the same integers from every CPU backend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import vitq_kernels as vitq
+from tests.command_line import run
+from vitq_kernels.images import eval_transform, load_folder
+
+pytestmark = [pytest.mark.assets, pytest.mark.slow]
+
+MODEL = "vit_tiny_patch16_224"
+WEIGHTS = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+FLOAT_TOP1 = 85.5  # 342 of 400: the assets' README
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The ViT-Tiny at W8A8, in memory and as a file."""
+
+    model: nn.Module
+    path: Path
+    images: Tensor  # two of the evaluation images
+
+
+@pytest.fixture(scope="module")
+def w8a8(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """Calibrated on 64 images of seed 0."""
+    net = timm.create_model(MODEL).eval()
+    net.load_state_dict(load_file(assets / WEIGHTS))
+    transform = eval_transform(net)
+    calibration, _ = load_folder(assets / "calibration", transform, 64, seed=0)
+    model = vitq.quantize(net, calibration, vitq.BitAllocation.uniform(vitq.vit_sites(net), 8))
+    path = tmp_path_factory.mktemp("assets") / "w8a8.safetensors"
+    vitq.save(model, path)
+    return Quantized(model, path, load_folder(assets / "evaluation", transform, 2, seed=0)[0])
+
+
+def evaluated(quantized: Path, assets: Path) -> dict[str, float]:
+    """``vitq eval --json`` on all evaluation images, with the float weights."""
+    out = quantized.with_suffix(".json")
+    run("eval", quantized, "--images", assets / "evaluation", "--checkpoint", assets / WEIGHTS, "--json", out)
+    result: dict[str, float] = json.loads(out.read_text())
+    assert result["images"] == 400
+    assert result["float_top1"] == FLOAT_TOP1
+    return result
+
+
+def test_w8a8_loses_at_most_a_point(w8a8: Quantized, assets: Path) -> None:
+    result = evaluated(w8a8.path, assets)
+    assert result["top1"] >= FLOAT_TOP1 - 1.0
+    assert result["agreement"] >= 94.0
+
+
+def test_uniform_w4a8_agrees_on_82_percent(assets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w4a8.safetensors"
+    data = ("--checkpoint", assets / WEIGHTS, "--calibration", assets / "calibration")
+    run("quantize", MODEL, *data, "--weight-bits", 4, "--act-bits", 8, "-o", out)
+    result = evaluated(out, assets)
+    assert result["agreement"] >= 82.0
+    # Patch embedding and head have 8 bits; 12 blocks of qkv, proj, fc1 and fc2 have 4.
+    assert result["weight_bytes"] == 192 * 768 + 1000 * 192 + 12 * 192 * (3 * 192 + 192 + 2 * 768) * 4 // 8
+    assert result["mean_weight_bits"] == 4
+
+
+def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """What every module of the model gives."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> None:
+        model.get_submodule(name).register_forward_hook(lambda _, __, out: found.update({name: out}))
+
+    for name, _ in model.named_modules():
+        keep(name)
+    with torch.inference_mode():
+        model(images)
+    return found
+
+
+def test_backends_give_the_same_numbers_in_every_module(w8a8: Quantized) -> None:
+    with vitq.use_backend("cpu"):
+        cpu = outputs(vitq.load(w8a8.path), w8a8.images)
+    with vitq.use_backend("reference"):
+        reference = outputs(vitq.load(w8a8.path), w8a8.images)
+    assert sum(out.dtype == torch.int8 for out in cpu.values()) >= 12 * 4  # norm1, qkv, norm2 and fc1 of every block
+    assert cpu.keys() == reference.keys()
+    assert [name for name, out in cpu.items() if not torch.equal(out, reference[name])] == []
+    assert cpu[""].shape == (2, 1000)
+
+
+def test_a_loaded_model_gives_the_same_logits(w8a8: Quantized) -> None:
+    loaded = vitq.load(w8a8.path)
+    with torch.inference_mode():
+        assert torch.equal(loaded(w8a8.images), w8a8.model(w8a8.images))
