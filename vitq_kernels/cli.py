@@ -153,7 +153,6 @@ def quantize(
     bits: Annotated[Path | None, typer.Option(help="what `vitq allocate` wrote for this model")] = None,
     act_bits: options.ActBits = 8,
     allocation: options.Strategy = "relevance",
-    strict: options.Strict = False,
     count: options.Count = 64,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -197,7 +196,7 @@ def quantize(
                 progress=progress,
             )
     with Bar("quantizing", len(sites)) as progress:
-        qmodel = vitq.quantize(net, images, plan, batch_size=batch, strict=strict, progress=progress)
+        qmodel = vitq.quantize(net, images, plan, batch_size=batch, progress=progress)
     # MODEL with its tag, so that `vitq eval --pretrained` fetches the same weights.
     qmodel.pretrained_cfg = {**(net.pretrained_cfg or {}), "architecture": model, **overrides(mean, std, crop)}
     vitq.save(qmodel, out)

@@ -64,7 +64,6 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name, su
 Quantized = Annotated[Path, typer.Argument(metavar="FILE", help="what `vitq quantize` wrote")]
 Checkpoint = Annotated[Path | None, typer.Option(help="local float weights: safetensors, or a pickle of weights alone")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="let timm fetch the float weights")]
-Strict = Annotated[bool, typer.Option("--strict", help="refuse models of which a part stays float")]
 Calibration = Annotated[Path, typer.Option(help="folder of calibration images")]
 Images = Annotated[Path, typer.Option(help="folder of images: class subfolders, or flat with labels.csv (file,label)")]
 Count = Annotated[
