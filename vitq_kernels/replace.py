@@ -46,12 +46,12 @@ def replace_linears(model: nn.Module, *, weight_bits: int = 8, exclude: Sequence
             replaced[module] = _dynamic_linear(name, module, weight_bits)
     for name, module in linears.items():
         model.set_submodule(name, replaced[module])
-    for module in model.modules():
+    for layer in model.modules():
         # The fused inference paths of torch's transformer read the weights of their linears; these flags turn them off.
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
+        elif isinstance(layer, nn.TransformerEncoder):
+            layer.use_nested_tensor = False
     return model
 
 
