@@ -374,22 +374,14 @@ def check_block(part: BlockParts, stats: CalibrationStats, converter: Converter,
     )
 
 
-ALLOCATIONS = {
-    "w8a8": lambda model: BitAllocation.uniform(vit_sites(model), 8),
-    "w4a4": lambda model: BitAllocation.uniform(vit_sites(model), 4, 4),
-    "mixed-a6": lambda model: mixed_allocation(model, activation_bits=6),
-}
+def check_stages(model: nn.Module, images: Tensor, fresh: Tensor, allocation: BitAllocation) -> None:
+    """Asserts that every stage of the quantized model computes its formula, on the stage's own inputs.
 
-
-@pytest.mark.parametrize("kind", ALLOCATIONS)
-@pytest.mark.parametrize("variant", SOME)
-def test_every_stage_is_its_formula_in_reals(variant: str, kind: str) -> None:
-    """Stage by stage on the integer model's own numbers: over several stages codes on ties go their own ways."""
-    model, images = variant_vit(variant), variant_images(variant)
-    stats, allocation = calibrate(model, images), ALLOCATIONS[kind](model)
+    Over several stages codes on ties would go their own ways.
+    """
+    stats = calibrate(model, images)
     config = QuantConfig(gptq=False, bias_correction=False)
     qmodel = quantize(model, stats=stats, allocation=allocation, config=config)
-    fresh = fresh_images(variant, 5)
     record = recorded(qmodel, fresh)
     parts = vit_parts(model)
     converter = Converter(parts, stats, allocation, config, [])
@@ -423,6 +415,31 @@ def test_every_stage_is_its_formula_in_reals(variant: str, kind: str) -> None:
         RealLinear(head, grid, allocation.sites[name]).check(record[name][1], grid.decode(codes))
     logits = torch.stack([record[name][1] for name in parts.heads]).mean(0)
     torch.testing.assert_close(qmodel(fresh), logits, rtol=1e-6, atol=1e-7)
+
+
+ALLOCATIONS = {
+    "w8a8": lambda model: BitAllocation.uniform(vit_sites(model), 8),
+    "w4a4": lambda model: BitAllocation.uniform(vit_sites(model), 4, 4),
+    "mixed-a6": lambda model: mixed_allocation(model, activation_bits=6),
+}
+
+
+@pytest.mark.parametrize("kind", ALLOCATIONS)
+@pytest.mark.parametrize("variant", SOME)
+def test_every_stage_is_its_formula_in_reals(variant: str, kind: str) -> None:
+    model = variant_vit(variant)
+    check_stages(model, variant_images(variant), fresh_images(variant, 5), ALLOCATIONS[kind](model))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_heads_have_their_own_steps(bits: int) -> None:
+    """One head's attention is sharp, which asks for coarser steps of its probabilities."""
+    model, images = small_vit(), variant_images()
+    for block in model.blocks:
+        block.attn.qkv.weight[:16] *= 4
+    steps = calibrate(model, images).tau_error["blocks.1.attn.av"][bits - 2].argmin(0)
+    assert steps[0] > steps[1]
+    check_stages(model, images, fresh_images(count=5), BitAllocation.uniform(vit_sites(model), 8, bits))
 
 
 @pytest.mark.parametrize("variant", SOME)

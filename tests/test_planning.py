@@ -157,9 +157,14 @@ def test_chance_permutes_the_rows_over_the_whole_model(model: nn.Module, scores:
     assert chance.sites["blocks.0.mlp.fc1"].weight.mean_bits > 2.5
 
 
-def test_lrp_qvit_gives_one_width_a_layer(model: nn.Module, sites: tuple) -> None:
-    scores = relevance(model, IMAGES, method="chefer")
-    allocation = allocate(model, scores, Budget(mean_weight_bits=4), strategy="lrp-qvit", images=IMAGES)
+@pytest.fixture(scope="module")
+def chefer(model: nn.Module) -> Relevance:
+    return relevance(model, IMAGES, method="chefer")
+
+
+@pytest.mark.parametrize("bits", [2.9, 4, 5.3])
+def test_lrp_qvit_gives_one_width_a_layer(bits: float, model: nn.Module, sites: tuple, chefer: Relevance) -> None:
+    allocation = allocate(model, chefer, Budget(mean_weight_bits=bits), strategy="lrp-qvit", images=IMAGES)
     widths = {name: set(allocation.sites[name].weight.bits) for name in linears_of(sites)}
     assert all(len(bits) == 1 for bits in widths.values())
     assert len(set.union(*widths.values())) > 1
@@ -169,9 +174,23 @@ def test_lrp_qvit_gives_one_width_a_layer(model: nn.Module, sites: tuple) -> Non
     # By |mean score|: of two layers of one shape the higher score has no fewer bits.
     for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         first, second = (f"blocks.{i}.{kind}" for i in (0, 1))
-        if abs(scores.mean_score[first]) < abs(scores.mean_score[second]):
+        if abs(chefer.mean_score[first]) < abs(chefer.mean_score[second]):
             first, second = second, first
         assert max(widths[first]) >= max(widths[second])
+
+
+def test_lrp_qvit_goes_by_the_magnitude_of_the_mean_score_alone(model: nn.Module, chefer: Relevance) -> None:
+    def found(scores: Relevance) -> BitAllocation:
+        return allocate(model, scores, Budget(mean_weight_bits=4), strategy="lrp-qvit")
+
+    names = list(chefer.flow)
+    other_rows = {name: tuple(reversed(rows)) for name, rows in chefer.row_flow.items()}
+    other_flow = dict(zip(names, reversed(chefer.flow.values()), strict=True))
+    negative = {name: -score for name, score in chefer.mean_score.items()}
+    other_scores = dict(zip(names, reversed(chefer.mean_score.values()), strict=True))
+    expected = found(chefer).sites
+    assert found(replace(chefer, flow=other_flow, row_flow=other_rows, mean_score=negative)).sites == expected
+    assert found(replace(chefer, mean_score=other_scores)).sites != expected
 
 
 @pytest.mark.parametrize("strategy", ["relevance", "random", "lrp-qvit"])
