@@ -397,7 +397,7 @@ def test_a_failed_write_leaves_the_old_file(failing: str, tmp_path: Path, monkey
 
 @pytest.mark.usefixtures("undrawn")
 def test_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none"))):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "none"))):
         write_report(small_data(), tmp_path / "none" / "report.html")
 
 

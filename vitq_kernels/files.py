@@ -18,7 +18,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: the directory of ``path`` does not exist.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: directory {path.parent} does not exist")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -38,4 +38,4 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text through ``replaced_file``."""
     with replaced_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -7,8 +7,6 @@ report_layers.py, drawings in report_plots.py, and all of it stands on the page 
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -17,6 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from vitq_kernels.files import write_text
 from vitq_kernels.report_layers import (
     UNITS,
     bits_section,
@@ -131,22 +130,14 @@ def render_report(data: ReportData) -> str:
         )
 
 
-def write_report(data: ReportData, path: str | os.PathLike[str]) -> None:
+def write_report(data: ReportData, path: str | Path) -> None:
     """Writes the report to ``path`` as a whole or not at all: what stood there is replaced at the very end.
 
     Raises:
-        OSError: the folder does not exist or cannot be written.
+        ValueError: the folder does not exist.
+        OSError: it cannot be written.
     """
-    text = render_report(data)
-    target = Path(os.path.realpath(path))  # a link stays a link
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write the report to")
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text(path, render_report(data))
 
 
 def _lead(result: Measurement, base: Measurement) -> str:

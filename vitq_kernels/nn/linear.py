@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vitq_kernels import ops
 from vitq_kernels.nn.module import IntegerModule, QuantizeInput
 from vitq_kernels.packing import PackedWeight, groups_with_order, unpack_weight
-from vitq_kernels.spec import RowGroups
 
 Epilogue = Literal["codes", "gelu", "real", "residual"]
 
@@ -168,8 +167,3 @@ def flatten_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
     h, w = height // ph, width // pw
     tiles = image[:, :, : h * ph, : w * pw].reshape(b, c, h, ph, w, pw)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(b, h, w, c * ph * pw)
-
-
-def packed_groups(groups: RowGroups) -> RowGroups:
-    """``groups`` as a checkpoint's manifest spells them: without the order, which the order bytes carry."""
-    return RowGroups(groups.rows, groups.bits, groups.group_rows)
