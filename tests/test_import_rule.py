@@ -27,10 +27,15 @@ ALLOWED = {
     "files": (),
     "calibration": ("spec", "files", "models", "observers", "quantizers"),
     "lrp_rules": ("spec",),
-    "relevance": ("spec", "models", "lrp_rules"),
-    "sensitivity": ("spec", "models", "quantizers", "calibration"),
+    "simulation": ("spec", "models"),
+    "distributed": (),
+    "relevance": ("spec", "models", "lrp_rules", "distributed"),
+    "sensitivity": ("spec", "models", "quantizers", "observers", "calibration", "simulation", "distributed", "files"),
     "knapsack": (),
-    "allocation": ("spec", "knapsack"),
+    "quadratic": ("spec", "knapsack"),
+    "latency": ("spec", "files"),
+    "allocation": ("spec", "knapsack", "quadratic", "latency"),
+    "presets": ("spec", "models", "simulation", "presets", "files"),
     "data": ("spec", "data"),
 }
 BACKENDS = ("ops.reference", "ops.cpu", "ops.triton", "ops.cuda")  # imported by ops alone
