@@ -1,0 +1,98 @@
+"""Published methods as presets, in float simulation: each with its own quantizers at their true number of levels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.models import vit_config, vit_sites
+from vitq_kernels.presets import repq_vit
+from vitq_kernels.presets.preset import Preset, Progress, Simulation, Widths
+from vitq_kernels.simulation import simulated
+from vitq_kernels.spec import BitAllocation, RowGroups, Site, SiteBits, check_bits
+
+__all__ = ["PRESETS", "Preset", "Simulation", "Widths", "simulate"]
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (repq_vit.PRESET,)}
+
+
+def published_widths(sites: tuple[Site, ...], weight_bits: int, activation_bits: int) -> BitAllocation:
+    """One width everywhere, patch embedding and head included; pixels at 8 bits, as the papers' codes do."""
+    check_bits(weight_bits, "weight_bits")
+    check_bits(activation_bits, "activation_bits")
+    return BitAllocation(
+        {
+            site.name: SiteBits(
+                8 if site.kind == "patch_embed" else activation_bits,
+                RowGroups.uniform(site.rows, weight_bits) if site.has_weight else None,
+            )
+            for site in sites
+        }
+    )
+
+
+@torch.no_grad()
+def simulate(
+    model: nn.Module,
+    images: Tensor,
+    method: str,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    allocation: BitAllocation | None = None,
+) -> nn.Module:
+    """A copy of a float model that computes, in float, what a published method's quantized model computes.
+
+    Args:
+        model: a timm VisionTransformer, all of whose parts have sites; left as it is.
+        images: float [n, C, H, W] for calibration; the first ``PRESETS[method].calibration_images`` are used.
+        method: a key of ``PRESETS``.
+        weight_bits: 2..8, of all weights; None with an allocation.
+        activation_bits: 2..8, of all activations but the pixels; None with an allocation.
+        seed: of the method's random numbers, if it has any.
+        batch_size: images a forward, where the method does not need them all at once.
+        progress: called with (steps done, steps in all).
+        allocation: widths of every site, instead of the two above.
+
+    Returns:
+        The model in eval mode; ``model.simulation`` is its record, a ``Simulation``.
+
+    Raises:
+        ValueError: an unknown method, no images, widths that are missing, twice given or out of range.
+        UnsupportedModelError: a part of the model has no sites.
+    """
+    if method not in PRESETS:
+        raise ValueError(f"method must be one of {', '.join(sorted(PRESETS))}, got {method!r}")
+    if (allocation is None) == (weight_bits is None and activation_bits is None):
+        raise ValueError("simulate: give either weight_bits and activation_bits, or an allocation")
+    if images.dim() != 4 or not len(images):
+        raise ValueError(f"images must be [n, C, H, W] with n at least 1, got {list(images.shape)}")
+    preset, sites = PRESETS[method], vit_sites(model)
+    if allocation is None:
+        allocation = published_widths(sites, weight_bits, activation_bits)  # type: ignore[arg-type]
+    allocation.check(sites)
+    result = simulated(model)
+    device = next(result.parameters()).device
+    used = images[: preset.calibration_images].to(device)
+    generator = torch.Generator().manual_seed(seed)
+    report = progress or (lambda done, total: None)
+    preset.apply(result, list(used.split(batch_size)), Widths(allocation), generator, report)
+    result.simulation = Simulation(  # type: ignore[assignment]
+        preset.name,
+        preset.paper,
+        weight_bits,
+        activation_bits,
+        preset.levels,
+        preset.why_simulated,
+        preset.completed,
+        len(used),
+        seed,
+        vit_config(model),  # type: ignore[arg-type]
+        allocation,
+        sites,
+        preset.executes,
+    )
+    return result.eval()
