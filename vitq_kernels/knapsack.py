@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -22,6 +22,7 @@ class Solution:
     choice: np.ndarray  # integers, [items]
     status: str  # "optimal", or what ended the search: "node limit", "time limit", "solver tolerance"
     gap: float  # fraction of the cost that a better choice might still save; 0 when optimal
+    prices: tuple[float, ...] = ()  # cost that one unit more of each room saves, by the linear relaxation; >= 0
 
 
 def solve(cost: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int], time_limit_s: float) -> Solution:
@@ -31,21 +32,19 @@ def solve(cost: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int], ti
     unless the time limit strikes.
 
     Args:
-        cost: float64 [items, choices], >= 0, non-increasing along a row.
-        uses: Python integers, dtype object, [items, choices] each, 0 at choice 0 and non-decreasing along a row.
+        cost: float64 [items, choices], >= 0, least at the last choice.
+        uses: Python integers, dtype object, [items, choices] each, the least of a row 0.
         rooms: integer >= 0 for each of ``uses``.
         time_limit_s: seconds, > 0; past it the best choice found so far is taken.
 
     Raises:
-        ValueError: the time limit is not positive.
+        ValueError: the time limit is not positive, or nothing meets all rooms together.
     """
     if not time_limit_s > 0:
         raise ValueError(f"time_limit_s must be positive, got {time_limit_s!r}")
     deadline = time.monotonic() + time_limit_s
-    items, choices = cost.shape
-    alike = (np.full(items, j) for j in reversed(range(choices)))
-    found = Solution(next(choice for choice in alike if _fits(choice, uses, rooms)), "optimal", 0.0)
-    if found.choice[0] == choices - 1:
+    found = Solution(start(cost, uses, rooms), "optimal", 0.0, (0.0,) * len(rooms))
+    if (found.choice == cost.shape[1] - 1).all():
         return found
     total = _total(cost, found.choice)
     while total > 0:
@@ -54,10 +53,39 @@ def solve(cost: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int], ti
         # Tolerances are absolute: they count for more the cheaper the solution is than the one it started from.
         if found.status != "optimal" or total > before / 1000:
             break
-    return Solution(_canonical(cost, found.choice, uses), found.status, found.gap)
+    return replace(found, choice=_canonical(cost, found.choice, uses))
 
 
-def _fits(choice: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int]) -> bool:
+def start(cost: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int]) -> np.ndarray:
+    """A choice that fits: the last that all items can share, or else any. Arguments and errors as ``solve``."""
+    items, choices = cost.shape
+    for alike in (np.full(items, j) for j in reversed(range(choices))):
+        if fits(alike, uses, rooms):
+            return alike
+    rows, sides, _ = capacities(uses, rooms)
+    result = optimize.milp(
+        np.zeros(cost.size),
+        integrality=np.ones(cost.size),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each(items, choices), 1, 1),
+            optimize.LinearConstraint(rows, -np.inf, sides),
+        ],
+        options={"node_limit": NODE_LIMIT},
+    )
+    choice = None if result.x is None else np.argmax(result.x.reshape(items, choices), axis=1)
+    if choice is None or not fits(choice, uses, rooms):
+        raise ValueError("the limits of the budget can each be met, but no widths were found that meet all together")
+    return choice
+
+
+def one_each(items: int, choices: int) -> sparse.csr_array:
+    """The rows of "every item has one choice" over the columns [items * choices]."""
+    return sparse.kron(sparse.eye_array(items), np.ones((1, choices)), format="csr")
+
+
+def fits(choice: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int]) -> bool:
+    """Whether a choice keeps within every room."""
     at = np.arange(len(choice))
     return all(use[at, choice].sum() <= room for use, room in zip(uses, rooms, strict=True))
 
@@ -79,19 +107,20 @@ def _search(
     Source: Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83 (1995) 394-410.
     """
     items, choices = cost.shape
+    unit = _total(cost, best) / SCALE
     with np.errstate(over="ignore"):
         cost = cost / _total(cost, best) * SCALE
     usable = cost <= SCALE  # dearer alone than a whole solution: not in a better one, and bad for the numerics
     upper = SCALE
-    rows, sides = _capacities(uses, rooms)
-    one_each = sparse.kron(sparse.eye_array(items), np.ones((1, choices)), format="csr")
+    rows, sides, scales = capacities(uses, rooms)
+    single = one_each(items, choices)
 
     columns = np.flatnonzero(usable)
     relaxed = optimize.linprog(
         cost.flat[columns],
         A_ub=rows[:, columns],
         b_ub=sides,
-        A_eq=one_each[:, columns],
+        A_eq=single[:, columns],
         b_eq=np.ones(items),
         method="highs-ipm",  # 5 times faster here than the simplex
     )
@@ -100,6 +129,7 @@ def _search(
     priced = np.where(usable, cost + (prices @ rows).reshape(cost.shape), np.inf)
     least = priced.min(axis=1, keepdims=True)
     lower = float(least.sum() - prices @ sides)
+    worth = tuple((prices * scales * unit).tolist())
     excess = priced - least
     ranked = np.sort(excess, axis=None)
 
@@ -107,7 +137,7 @@ def _search(
         taken = np.zeros(cost.size)
         taken[columns] = relaxed.x
         rounded = np.argmax(taken.reshape(cost.shape) > 1e-9, axis=1)  # the lower choice of a split item: it fits
-        if _fits(rounded, uses, rooms) and _total(cost, rounded) < upper:
+        if fits(rounded, uses, rooms) and _total(cost, rounded) < upper:
             best, upper = rounded, _total(cost, rounded)
     size = CORE
     while True:
@@ -124,7 +154,7 @@ def _search(
                 integrality=np.ones(len(columns)),
                 bounds=optimize.Bounds(0, 1),
                 constraints=[
-                    optimize.LinearConstraint(one_each[free][:, columns], 1, 1),
+                    optimize.LinearConstraint(single[free][:, columns], 1, 1),
                     optimize.LinearConstraint(rows[:, columns], -np.inf, sides - rows[:, settled].sum(axis=1)),
                 ],
                 options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT, "time_limit": remaining},
@@ -134,35 +164,39 @@ def _search(
             if result.x is not None:
                 chosen, choice = columns[result.x > 0.5], best.copy()
                 choice[chosen // choices] = chosen % choices
-                if not _fits(choice, uses, rooms):  # by less than HiGHS sees: capacities of more than 1e12 units
+                if not fits(choice, uses, rooms):  # by less than HiGHS sees: capacities of more than 1e12 units
                     stopped = "solver tolerance"
                 elif _total(cost, choice) < upper:
                     best, upper = choice, _total(cost, choice)
         if stopped:
-            return Solution(best, stopped, max(upper - lower, 0.0) / upper)
+            return Solution(best, stopped, max(upper - lower, 0.0) / upper, worth)
         if reach >= upper - lower:
-            return Solution(best, "optimal", 0.0)
+            return Solution(best, "optimal", 0.0, worth)
         size *= 4
 
 
-def _capacities(uses: Sequence[np.ndarray], rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The capacities as float rows and right sides, whole numbers as far as HiGHS' feasibility of 1e-6 allows."""
-    rows, sides = [], []
+def capacities(uses: Sequence[np.ndarray], rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The capacities as float rows and right sides, whole numbers as far as HiGHS' feasibility of 1e-6 allows.
+
+    Third: what one unit of a use is in its row.
+    """
+    rows, sides, scales = [], [], []
     for use, room in zip(uses, rooms, strict=True):
         unit = int(np.gcd.reduce(use, axis=None)) or 1
         side = room // unit
         scale = 1e6 / max(side, 1e6)  # float64 rounds sums of this size by 1e-9
         rows.append((use // unit).astype(np.float64).ravel() * scale)
         sides.append(side * scale)
-    return np.array(rows), np.array(sides)
+        scales.append(scale / unit)
+    return np.array(rows), np.array(sides), np.array(scales)
 
 
 def _canonical(cost: np.ndarray, choice: np.ndarray, uses: Sequence[np.ndarray]) -> np.ndarray:
     """Of the choices that cost as little, the one defined here; it costs and uses no more than ``choice``.
 
     Among items of equal use, the higher of two choices goes to the items that gain most by it, then to the first: so a
-    dearer item never has less, whatever the solver's tolerance. Then no item keeps a choice that costs as much as a
-    lower one.
+    dearer item never has less, whatever the solver's tolerance. Then every item has the first of the choices that cost
+    as much and use no more.
     """
     choice = choice.copy()
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
@@ -179,4 +213,8 @@ def _canonical(cost: np.ndarray, choice: np.ndarray, uses: Sequence[np.ndarray])
                 choice[pool[ahead]] = high
             if (choice[group] == before).all():
                 break
-    return np.argmax(cost == cost[np.arange(len(cost)), choice][:, None], axis=1)
+    chosen = np.arange(len(cost)), choice
+    as_good = cost == cost[chosen][:, None]
+    for use in uses:
+        as_good &= (use <= use[chosen][:, None]).astype(bool)
+    return np.argmax(as_good, axis=1)
