@@ -284,7 +284,7 @@ def test_eval_takes_as_many_images_as_limit_says_by_seed(work: Path, net: nn.Mod
     options = ("--images", work / "flat", "--checkpoint", work / "flat.pth", "--limit", 4, "--seed", 2)
     run("eval", work / "q.safetensors", *options, "--json", out)
     chosen = ImageFolder.scan(work / "flat").sample(4, 2)
-    images, labels = next(chosen.batches(eval_transform(net), 4))
+    images, labels = chosen.batches(eval_transform(net), 4)[0]
     expected = expected_evaluation(work, images, labels, net)
     told = json.loads(out.read_text())
     assert {key: told[key] for key in expected} == pytest.approx(expected, rel=1e-4)

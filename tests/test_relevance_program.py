@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vitq_kernels.lrp_rules import ATTNLRP, CHEFER
 from vitq_kernels.models import vit_parts, vit_sites
-from vitq_kernels.relevance import relevance, run_with_rules
+from vitq_kernels.relevance import relevance
+from vitq_kernels.relevance_program import run_with_rules
 
 METHODS = ("attnlrp", "chefer")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitq_kernels.distributed import in_order, world_size
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,27 @@ class Evaluation:
     float_top1: float | None  # the three below need the float model
     agreement: float | None  # percent of images with the same first class
     kl: float | None
-    images_per_s: float  # of the evaluated model alone
+    images_per_s: float  # of the evaluated model alone; of all processes together, by the slowest one's seconds
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
+
+
+@dataclass
+class _Counts:
+    """Sums over images."""
+
+    images: int = 0
+    labelled: int = 0
+    correct: int = 0
+    float_correct: int = 0
+    agreed: int = 0
+    divergence: float = 0.0
+
+    def add(self, other: _Counts) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 @torch.inference_mode()
@@ -38,9 +56,11 @@ def evaluate(
 ) -> Evaluation:
     """Runs a model, and the float one beside it, over (images, labels) batches on the model's device.
 
+    In an initialised process group the batches are shared between the processes (distributed.py).
+
     Args:
         model: images [b, C, H, W] to logits [b, classes].
-        batches: labels int64 [b], or None where there are none.
+        batches: labels int64 [b], or None where there are none. Of a sequence a process reads its own batches alone.
         float_model: to compare with.
         progress: called with the number of images done.
 
@@ -48,36 +68,25 @@ def evaluate(
         ValueError: no images, a label that is no class of the model, or a float model of other classes.
     """
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
-    images = correct = float_correct = labelled = agreed = 0
-    divergence = seconds = 0.0
-    for x, labels in batches:
-        x = x.to(device)
+
+    def measure(batch: tuple[Tensor, Tensor | None]) -> tuple[_Counts, float]:
+        x = batch[0].to(device)
         start = time.perf_counter()
         logits = model(x).float()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds += time.perf_counter() - start
-        predicted = logits.argmax(-1)
-        images += len(x)
-        if labels is not None:
-            if int(labels.max()) >= logits.shape[-1]:
-                raise ValueError(f"labels must be classes below {logits.shape[-1]}, got {int(labels.max())}")
-            labels = labels.to(device)
-            labelled += len(x)
-            correct += int((predicted == labels).sum())
-        if float_model is not None:
-            reference = float_model(x).float()
-            if reference.shape != logits.shape:
-                classes = f"{reference.shape[-1]} and {logits.shape[-1]}"
-                raise ValueError(f"float_model and model must have the same number of classes, got {classes}")
-            if labels is not None:
-                float_correct += int((reference.argmax(-1) == labels).sum())
-            agreed += int((reference.argmax(-1) == predicted).sum())
-            kl = F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum")
-            divergence += float(kl)
+        seconds = time.perf_counter() - start
+        reference = None if float_model is None else float_model(x).float()
+        return _counts(logits, reference, batch[1]), seconds
+
+    total = _Counts()
+    seconds = [0.0] * world_size()
+    for index, (counts, spent) in enumerate(in_order(batches, measure)):
+        total.add(counts)
+        seconds[index % len(seconds)] += spent
         if progress:
-            progress(images)
-    if not images:
+            progress(total.images)
+    if not total.images:
         raise ValueError("evaluate: batches must hold at least one image, got none")
 
     def percent(count: int, of: int, known: bool = True) -> float | None:
@@ -85,10 +94,32 @@ def evaluate(
 
     compared = float_model is not None
     return Evaluation(
-        images,
-        percent(correct, labelled),
-        percent(float_correct, labelled, compared),
-        percent(agreed, images, compared),
-        divergence / images if compared else None,
-        images / seconds,
+        total.images,
+        percent(total.correct, total.labelled),
+        percent(total.float_correct, total.labelled, compared),
+        percent(total.agreed, total.images, compared),
+        total.divergence / total.images if compared else None,
+        total.images / max(seconds),
     )
+
+
+def _counts(logits: Tensor, reference: Tensor | None, labels: Tensor | None) -> _Counts:
+    """Of one batch: logits and, of the float model, reference float32 [b, classes]; labels int64 [b]."""
+    counts = _Counts(images=len(logits))
+    predicted = logits.argmax(-1)
+    if labels is not None:
+        if int(labels.max()) >= logits.shape[-1]:
+            raise ValueError(f"labels must be classes below {logits.shape[-1]}, got {int(labels.max())}")
+        labels = labels.to(logits.device)
+        counts.labelled = len(logits)
+        counts.correct = int((predicted == labels).sum())
+    if reference is not None:
+        if reference.shape != logits.shape:
+            classes = f"{reference.shape[-1]} and {logits.shape[-1]}"
+            raise ValueError(f"float_model and model must have the same number of classes, got {classes}")
+        if labels is not None:
+            counts.float_correct = int((reference.argmax(-1) == labels).sum())
+        counts.agreed = int((reference.argmax(-1) == predicted).sum())
+        kl = F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum")
+        counts.divergence = float(kl)
+    return counts

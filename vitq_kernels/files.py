@@ -6,7 +6,20 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
+
+_DISCARD = ContextVar("_DISCARD", default=False)
+
+
+@contextlib.contextmanager
+def discarded() -> Iterator[None]:
+    """Inside, files are made as always but replace nothing: for processes of which one alone shall write."""
+    token = _DISCARD.set(True)
+    try:
+        yield
+    finally:
+        _DISCARD.reset(token)
 
 
 @contextlib.contextmanager
@@ -26,6 +39,8 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        if _DISCARD.get():
+            return
         # mkstemp makes files that only their owner may read; a result is an ordinary file.
         umask = os.umask(0)
         os.umask(umask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,26 @@ class ImageFolder:
         labels = None if self.labels is None else tuple(self.labels[i] for i in chosen.tolist())
         return ImageFolder(tuple(self.files[i] for i in chosen.tolist()), labels)
 
-    def batches(self, transform: Transform, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields (images [b, C, H, W], labels int64 [b] or None); decodes one batch at a time."""
-        for start in range(0, len(self.files), batch_size):
-            part = slice(start, start + batch_size)
-            images = torch.stack([read_image(file, transform) for file in self.files[part]])
-            yield images, None if self.labels is None else torch.tensor(self.labels[part])
+    def batches(self, transform: Transform, batch_size: int) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Pairs of images [b, C, H, W] and labels int64 [b] or None, each decoded when it is asked for."""
+        return _Batches(self, transform, batch_size)
+
+
+@dataclass(frozen=True)
+class _Batches(Sequence[tuple[Tensor, "Tensor | None"]]):
+    folder: ImageFolder
+    transform: Transform
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.folder.files) // self.batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        images = torch.stack([read_image(file, self.transform) for file in self.folder.files[part]])
+        return images, None if self.folder.labels is None else torch.tensor(self.folder.labels[part])
 
 
 def read_image(file: Path, transform: Transform) -> Tensor:
@@ -84,7 +98,7 @@ def load_folder(
 ) -> tuple[Tensor, Tensor | None]:
     """All (or ``limit``) images of a folder in one tensor [n, C, H, W], and labels int64 [n] or None."""
     chosen = ImageFolder.scan(folder).sample(limit, seed)
-    return next(chosen.batches(transform, len(chosen.files)))
+    return chosen.batches(transform, len(chosen.files))[0]
 
 
 def eval_transform(

@@ -1,6 +1,6 @@
 """How much of a decision passes through each site, and through each output row of a linear: layer-wise relevance.
 
-The model's parts are run once in the functions of a composite (lrp_rules.py), and one backward carries the relevance of
+The model runs once in the functions of a composite (relevance_program.py), and one backward carries the relevance of
 one logit from the head to the pixels. Nothing in the model is patched, hooked or changed.
 """
 
@@ -11,22 +11,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq_kernels.lrp_rules import COMPOSITES, Composite
-from vitq_kernels.models import BlockParts, UnsupportedModelError, VitParts, vit_parts, vit_sites
+from vitq_kernels.distributed import in_order
+from vitq_kernels.lrp_rules import COMPOSITES
+from vitq_kernels.models import UnsupportedModelError, vit_parts, vit_sites
+from vitq_kernels.relevance_program import run_with_rules
 from vitq_kernels.spec import Site
 
 Method = Literal["attnlrp", "chefer"]
 Tokens = Literal["image", "class", "all"]
-# Called with a site's name, its relevance, and how many of its tokens stand before the patch tokens. Tokens lie along
-# dimension -2: [B, S, N] at linears and av (S = P at the patch embedding), [B, H, S, S] at qk; heads have none: [B, N].
-Visit = Callable[[str, Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,8 @@ def relevance(
 ) -> Relevance:
     """Relevance of every site, and of every output row of every linear, for the decisions on ``images``.
 
+    In an initialised process group the passes are shared between the processes (distributed.py).
+
     Args:
         model: a timm VisionTransformer of float32 or float64 weights, every block of which is supported. Its
             parameters, buffers, gradients, flags and hooks come back as they were; dropout is off during the run.
@@ -129,90 +129,32 @@ def relevance(
     classes = next(iter(parts.heads.values())).out_features
     if labels is not None:
         _check_labels(labels, count, classes)
+    sites = vit_sites(model)
+
+    def attribute(part: tuple[Tensor, Tensor | None]) -> tuple[int, _Totals]:
+        batch, label = part
+        totals = _Totals(sites, tokens)
+        pixels = batch.detach().to(weight.device, weight.dtype, copy=True).requires_grad_()
+        logits = run_with_rules(parts, rules, pixels, totals.add)
+        label = logits.argmax(1) if label is None else label.to(weight.device)
+        start = F.one_hot(label.long(), classes).to(weight.dtype)
+        totals.start = rules.relevance(logits.detach(), start).abs().sum(1).cpu()
+        torch.autograd.grad(logits, pixels, start)  # the sites are visited on the way
+        return len(batch), totals
+
+    chosen: Sequence[Tensor | None] = [None] * len(batches)
+    if labels is not None:
+        chosen = labels.split([len(batch) for batch in batches])
     done = 0
     # A caller's no_grad, inference_mode or autocast must not reach the pass; inference_mode(False) also ends no_grad.
     with _eval_mode(model), torch.inference_mode(False), torch.autocast(weight.device.type, enabled=False):
-        totals = _Totals(vit_sites(model), tokens)
-        for batch in batches:
-            pixels = batch.detach().to(weight.device, weight.dtype, copy=True).requires_grad_()
-            logits = run_with_rules(parts, rules, pixels, totals.add)
-            chosen = logits.argmax(1) if labels is None else labels[done : done + len(batch)].to(weight.device)
-            start = F.one_hot(chosen.long(), classes).to(weight.dtype)
-            totals.start = rules.relevance(logits.detach(), start).abs().sum(1)
-            torch.autograd.grad(logits, pixels, start)  # the sites are visited on the way
-            done += len(batch)
+        totals = _Totals(sites, tokens)
+        for size, part in in_order(list(zip(batches, chosen, strict=True)), attribute):
+            totals.merge(part)
+            done += size
             if progress is not None:
                 progress(done, count)
     return totals.result(method, count)
-
-
-def run_with_rules(parts: VitParts, rules: Composite, images: Tensor, visit: Visit) -> Tensor:
-    """Logits [B, classes] of the model, in functions whose backward is the relevance rule.
-
-    ``torch.autograd.grad(logits, images, start)`` then calls ``visit`` at every site, from the head to the patch
-    embedding, and returns what flows back to the pixels (``rules.relevance(images, ...)`` is their relevance).
-
-    Args:
-        parts: of a model in eval mode; its weights are constants here.
-        rules: one function for every operation.
-        images: normalised, of the weights' dtype, [B, C, H, W], requiring grad.
-        visit: see ``Visit``.
-    """
-
-    def site(name: str, output: Tensor, prefix: int = parts.prefix_tokens) -> Tensor:
-        value = output.detach()  # the hook of a tensor must not hold that tensor: the cycle would outlive the call
-
-        def hook(flowed: Tensor) -> None:  # what a hook returns would replace the flow
-            visit(name, rules.relevance(value, flowed), prefix)
-
-        output.register_hook(hook)
-        return output
-
-    norms = parts.norms
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        module = norms[name]
-        if isinstance(module, nn.Identity):
-            return x
-        if not isinstance(module, nn.LayerNorm):
-            raise UnsupportedModelError(f"{name}: {type(module).__name__} has no relevance rule")
-        return rules.layer_norm(x, module)
-
-    def read_by(head: str) -> Callable[[Tensor], Tensor]:
-        return lambda tokens: parts.head_inputs(tokens)[head]
-
-    features = rules.patch_embed(parts.pixels(images), parts.patch_proj)
-    grid = (features.shape[-2], features.shape[-1])
-    x = norm("patch_embed.norm", site("patch_embed.proj", features.flatten(2).transpose(1, 2), 0))
-    with torch.no_grad():  # what is added to patches of zeros: the prefix tokens and the position embedding
-        constant = parts.embed(torch.zeros_like(x), grid)
-    # The sums of Chefer's Add run over the patch tokens; in Chefer's code also over the class token, which is constant.
-    patches = rules.add(x, constant[:, -x.shape[1] :])
-    x = norm("norm_pre", torch.cat([constant[:, : -x.shape[1]], patches], dim=1))
-    for block in parts.blocks:
-        x = _block(rules, block, x, site)
-    x = norm("norm", x)
-    outputs = []
-    for name, head in parts.heads.items():
-        pooled = norm("fc_norm", rules.pool(x, read_by(name)))
-        if pooled.ndim != 2:
-            raise UnsupportedModelError("global_pool: a model that does not pool its tokens has no logit to start from")
-        outputs.append(site(name, rules.linear(pooled, head)))
-    return outputs[0] if len(outputs) == 1 else rules.scale(reduce(rules.add, outputs), 1 / len(outputs))
-
-
-def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
-    y = rules.layer_norm(x, block.norm1)
-    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, block.qkv))
-    q, k, v = qkv.unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
-    scores = site(f"{block.name}.attn.qk", rules.matmul(q, k.mT))
-    y = rules.matmul(rules.softmax(rules.scale(scores, block.softmax_scale)), v)
-    y = site(f"{block.name}.attn.av", y.transpose(1, 2).flatten(2))
-    y = site(f"{block.name}.attn.proj", rules.linear(y, block.proj))
-    x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
-    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), block.fc1))
-    y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, block.gelu), block.fc2))
-    return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))
 
 
 class _Totals:
@@ -220,7 +162,7 @@ class _Totals:
 
     def __init__(self, sites: Sequence[Site], tokens: Tokens) -> None:
         self.tokens = tokens
-        self.start = torch.empty(0)  # [B], Σ|R| at the logits of the batch at hand
+        self.start = torch.empty(0)  # on the CPU [B], Σ|R| at the logits of the batch at hand
         self.flow = dict.fromkeys((site.name for site in sites), 0.0)
         self.mean = dict(self.flow)
         self.rows = {site.name: torch.zeros(site.rows, dtype=torch.float64) for site in sites if site.has_weight}
@@ -230,13 +172,20 @@ class _Totals:
             counted = slice(prefix, None) if self.tokens == "image" else slice(0, prefix)
             relevance = relevance[..., counted, :]
         rows = relevance.abs().flatten(1, -2).sum(1) if relevance.ndim > 2 else relevance.abs()
-        start = self.start[:, None].double().cpu()
+        start = self.start[:, None].double()
         flow = torch.where(start > 0, rows.double().cpu() / start, 0.0).sum(0)
         self.flow[name] += float(flow.sum())
         if name in self.rows:
             self.rows[name] += flow
         if relevance.numel():  # no class token among the patches: 0
             self.mean[name] += float(relevance.flatten(1).mean(1).double().sum())
+
+    def merge(self, other: _Totals) -> None:
+        for name, flow in other.flow.items():
+            self.flow[name] += flow
+            self.mean[name] += other.mean[name]
+        for name, rows in other.rows.items():
+            self.rows[name] += rows
 
     def result(self, method: Method, images: int) -> Relevance:
         scale = sum(abs(value) for value in self.mean.values()) or 1.0

@@ -1,0 +1,88 @@
+"""A Vision Transformer as a program whose forward is the model's and whose backward is a composite's relevance rules.
+
+The parts are run in the functions of lrp_rules.py. Nothing in the model is patched, hooked or changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.lrp_rules import Composite
+from vitq_kernels.models import BlockParts, UnsupportedModelError, VitParts
+
+# Called with a site's name, its relevance, and how many of its tokens stand before the patch tokens. Tokens lie along
+# dimension -2: [B, S, N] at linears and av (S = P at the patch embedding), [B, H, S, S] at qk; heads have none: [B, N].
+Visit = Callable[[str, Tensor, int], None]
+
+
+def run_with_rules(parts: VitParts, rules: Composite, images: Tensor, visit: Visit) -> Tensor:
+    """Logits [B, classes] of the model, in functions whose backward is the relevance rule.
+
+    ``torch.autograd.grad(logits, images, start)`` then calls ``visit`` at every site, from the head to the patch
+    embedding, and returns what flows back to the pixels (``rules.relevance(images, ...)`` is their relevance).
+
+    Args:
+        parts: of a model in eval mode; its weights are constants here.
+        rules: one function for every operation.
+        images: normalised, of the weights' dtype, [B, C, H, W], requiring grad.
+        visit: see ``Visit``.
+    """
+
+    def site(name: str, output: Tensor, prefix: int = parts.prefix_tokens) -> Tensor:
+        value = output.detach()  # the hook of a tensor must not hold that tensor: the cycle would outlive the call
+
+        def hook(flowed: Tensor) -> None:  # what a hook returns would replace the flow
+            visit(name, rules.relevance(value, flowed), prefix)
+
+        output.register_hook(hook)
+        return output
+
+    norms = parts.norms
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        module = norms[name]
+        if isinstance(module, nn.Identity):
+            return x
+        if not isinstance(module, nn.LayerNorm):
+            raise UnsupportedModelError(f"{name}: {type(module).__name__} has no relevance rule")
+        return rules.layer_norm(x, module)
+
+    def read_by(head: str) -> Callable[[Tensor], Tensor]:
+        return lambda tokens: parts.head_inputs(tokens)[head]
+
+    features = rules.patch_embed(parts.pixels(images), parts.patch_proj)
+    grid = (features.shape[-2], features.shape[-1])
+    x = norm("patch_embed.norm", site("patch_embed.proj", features.flatten(2).transpose(1, 2), 0))
+    with torch.no_grad():  # what is added to patches of zeros: the prefix tokens and the position embedding
+        constant = parts.embed(torch.zeros_like(x), grid)
+    # The sums of Chefer's Add run over the patch tokens; in Chefer's code also over the class token, which is constant.
+    patches = rules.add(x, constant[:, -x.shape[1] :])
+    x = norm("norm_pre", torch.cat([constant[:, : -x.shape[1]], patches], dim=1))
+    for block in parts.blocks:
+        x = _block(rules, block, x, site)
+    x = norm("norm", x)
+    outputs = []
+    for name, head in parts.heads.items():
+        pooled = norm("fc_norm", rules.pool(x, read_by(name)))
+        if pooled.ndim != 2:
+            raise UnsupportedModelError("global_pool: a model that does not pool its tokens has no logit to start from")
+        outputs.append(site(name, rules.linear(pooled, head)))
+    return outputs[0] if len(outputs) == 1 else rules.scale(reduce(rules.add, outputs), 1 / len(outputs))
+
+
+def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
+    y = rules.layer_norm(x, block.norm1)
+    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, block.qkv))
+    q, k, v = qkv.unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
+    scores = site(f"{block.name}.attn.qk", rules.matmul(q, k.mT))
+    y = rules.matmul(rules.softmax(rules.scale(scores, block.softmax_scale)), v)
+    y = site(f"{block.name}.attn.av", y.transpose(1, 2).flatten(2))
+    y = site(f"{block.name}.attn.proj", rules.linear(y, block.proj))
+    x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
+    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), block.fc1))
+    y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, block.gelu), block.fc2))
+    return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))
