@@ -25,7 +25,7 @@ from vitq_kernels.cli_inputs import (
     scores_for,
     sizes,
 )
-from vitq_kernels.cli_output import Bar, console, finish, shown, wrote
+from vitq_kernels.cli_output import Bar, console, finish, one_voice, shown, wrote
 from vitq_kernels.demo import run_demo
 from vitq_kernels.doctor import examine
 from vitq_kernels.files import write_text
@@ -272,8 +272,13 @@ def doctor(json_file: options.Json = None) -> None:
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2, not a traceback."""
     try:
-        app()
+        with one_voice():
+            app()
     except (ValueError, OSError, BackendUnavailableError) as error:
         console.print("[red]vitq: error:[/red] ", end="")
         console.print(" ".join(str(error).splitlines()), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":  # torchrun -m vitq_kernels.cli
+    main()

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from vitq_kernels.files import write_text
+from vitq_kernels.distributed import process_group, rank
+from vitq_kernels.files import discarded, write_text
 
 console = Console(stderr=True)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """The processes that torchrun started, if it did, as one job: the first alone prints and writes files."""
+    with process_group():
+        if rank() == 0:
+            yield
+            return
+        console.quiet = True
+        try:
+            with redirect_stdout(io.StringIO()), discarded():
+                yield
+        finally:
+            console.quiet = False
+
 
 # Label and format by key of a result; a key that is not here is printed as it is.
 SHOWN = {
