@@ -26,6 +26,7 @@ ALLOWED = {
     "quantizers": ("spec",),
     "observers": ("spec", "quantizers"),
     "files": (),
+    "tensor_file": ("files",),
     "calibration": ("spec", "files", "models", "observers", "quantizers"),
     "lrp_rules": ("spec",),
     "simulation": ("spec", "models"),
@@ -33,11 +34,16 @@ ALLOWED = {
     "relevance_program": ("spec", "models", "lrp_rules"),
     "relevance": ("spec", "models", "lrp_rules", "relevance_program", "distributed"),
     "sensitivity": ("spec", "models", "quantizers", "observers", "calibration", "simulation", "distributed", "files"),
+    # Pure numbers: neither model nor images.
+    "latency": ("spec",),
+    "costs": ("spec",),
+    "limits": ("spec", "latency"),
     "knapsack": (),
-    "quadratic": ("spec", "knapsack"),
-    "latency": ("spec", "files"),
-    "allocation": ("spec", "knapsack", "quadratic", "latency"),
-    "presets": ("spec", "models", "simulation", "presets", "files"),
+    "quadratic": ("knapsack",),
+    "greedy": ("knapsack",),
+    "marginals": ("limits",),
+    "allocation": ("spec", "latency", "costs", "limits", "knapsack", "quadratic", "greedy", "marginals"),
+    "presets": ("spec", "models", "simulation", "presets", "tensor_file"),
     "data": ("spec", "data"),
 }
 BACKENDS = ("ops.reference", "ops.cpu", "ops.triton", "ops.cuda")  # imported by ops alone

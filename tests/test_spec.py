@@ -321,14 +321,14 @@ def test_allocation_prints_a_line_a_site() -> None:
 
 
 def test_a_budget_needs_a_limit() -> None:
-    with pytest.raises(ValueError, match="Budget needs mean_weight_bits, size_mb or bitops, got none"):
+    with pytest.raises(ValueError, match="Budget needs one of mean_weight_bits, size_mb, .*latency_ms, got none"):
         Budget()
     assert Budget(3).mean_weight_bits == 3
     assert Budget(bitops=1e12, size_mb=2.5) == Budget(None, 2.5, 1e12)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "4", True, 4 + 0j], ids=repr)
-@pytest.mark.parametrize("name", ["mean_weight_bits", "size_mb", "bitops"])
+@pytest.mark.parametrize("name", ["mean_weight_bits", "size_mb", "bitops", "mean_activation_bits", "latency_ms"])
 def test_a_limit_must_be_a_positive_number(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^Budget.{name} must be a positive number, got {re.escape(repr(value))}$"):
         Budget(**{"mean_weight_bits": 4, name: value})

@@ -1,7 +1,7 @@
 """The vocabulary: what is quantized (Site), how wide (RowGroups, SiteBits, BitAllocation), under what budget.
 
 Everything here is plain data: frozen, comparable, printable, written by hand in a test, and round-trips through JSON.
-No torch. The import rule of the package starts at this file: it imports nothing of vitq_kernels.
+No torch. The import rule of the package starts at this file: of vitq_kernels it imports the budget alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
+
+from vitq_kernels.budget import Budget as Budget  # a word of the vocabulary
 
 MIN_BITS, MAX_BITS = 2, 8
 TILE_ROWS = 256  # rows a kernel stages together; the order of rows is free inside a tile (docs/semantics.md)
@@ -297,23 +299,6 @@ def groups_from_dict(data: Mapping[str, Any]) -> RowGroups:
     """The inverse of ``groups_to_dict``."""
     order = data.get("order")
     return RowGroups(data["rows"], tuple(data["bits"]), data["group_rows"], None if order is None else tuple(order))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What an allocation may spend; at least one limit. Several limits hold together."""
-
-    mean_weight_bits: float | None = None  # over the linears of the blocks
-    size_mb: float | None = None  # 10^6 bytes of packed weights, patch embedding, head and row orders included
-    bitops: float | None = None  # sum of MACs * weight bits * activation bits per image, over all sites
-
-    def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        if not given:
-            raise ValueError("Budget needs mean_weight_bits, size_mb or bitops, got none")
-        for name, value in given.items():
-            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < float("inf")):
-                raise ValueError(f"Budget.{name} must be a positive number, got {value!r}")
 
 
 @dataclass(frozen=True)
