@@ -29,7 +29,7 @@ from tests.small_vits import (
     variant_quantized,
     variant_vit,
 )
-from vitq_kernels import calibration, checkpoint
+from vitq_kernels import calibration, checkpoint, tensor_file
 from vitq_kernels.checkpoint import CheckpointError, content_hash, load, save
 from vitq_kernels.convert import quantize
 from vitq_kernels.models import build_vit, vit_config, vit_sites
@@ -219,7 +219,7 @@ def test_a_failed_write_leaves_the_good_file(
             file.truncate(1000)
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(tensor_file, "save_file", half)
     with pytest.raises(type(error)):
         save(mixed, good)
     assert good.read_bytes() == before
@@ -227,7 +227,7 @@ def test_a_failed_write_leaves_the_good_file(
 
 
 def test_a_failed_first_write_leaves_nothing(mixed: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr(tensor_file, "save_file", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(mixed, tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
