@@ -27,7 +27,6 @@ ALLOWED = {
     "observers": ("spec", "quantizers"),
     "files": (),
     "tensor_file": ("files",),
-    "tensor_file": ("files",),
     "calibration": ("spec", "files", "models", "observers", "quantizers"),
     "lrp_rules": ("spec",),
     "simulation": ("spec", "models"),
