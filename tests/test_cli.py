@@ -190,6 +190,8 @@ def test_quantize_writes_a_model_of_these_widths(
         "model": "vitq_test_tiny",
         "out": str(out),
         "calibration_images": 12,
+        "method": "vitq",
+        "executes": "integers",
         "weight_bytes": packed_bytes(out),
         "float_bytes": bytes_in_float32(net),
         "mean_weight_bits": plan.mean_weight_bits(vitq.vit_sites(net)),

@@ -11,26 +11,25 @@ import typer
 
 import vitq_kernels as vitq
 from vitq_kernels import cli_options as options
+from vitq_kernels.cli_eval import evaluate
 from vitq_kernels.cli_inputs import (
     allocation_for,
     budget,
     calibration_images,
     check_budget,
     float_model,
-    float_twin,
     integer_sites,
-    numbers,
     overrides,
     parsed,
     scores_for,
-    sizes,
 )
 from vitq_kernels.cli_output import Bar, console, finish, one_voice, shown, wrote
+from vitq_kernels.cli_quantized import facts, write_quantized
 from vitq_kernels.demo import run_demo
 from vitq_kernels.doctor import examine
 from vitq_kernels.files import write_text
-from vitq_kernels.images import ImageFolder, eval_transform
 from vitq_kernels.ops import BackendUnavailableError
+from vitq_kernels.presets import simulate
 from vitq_kernels.report import write_report
 from vitq_kernels.summary import report_of
 
@@ -159,11 +158,14 @@ def quantize(
     crop: options.Crop = None,
     seed: options.Seed = 0,
     batch: options.Batch = 16,
+    method: options.Method = None,
     json_file: options.Json = None,
 ) -> None:
     """Calibrates, allocates if asked to, and quantizes.
 
     Widths come from exactly one of --weight-bits, --bits and a budget (--mean-weight-bits, --size-mb, --bitops).
+    With --method the result is that method's model in float simulation, not integers; --weight-bits is then the width
+    of patch embedding and head too, as published.
     """
     budgets = [mean_weight_bits, size_mb, bitops]
     mixed = any(b is not None for b in budgets)
@@ -181,9 +183,9 @@ def quantize(
         check_budget(sites, budget(*budgets), act_bits)
     images = calibration_images(net, calibration, count, mean, std, crop, seed)
     if mixed:
-        method = "chefer" if allocation == "lrp-qvit" else "attnlrp"
+        rules = "chefer" if allocation == "lrp-qvit" else "attnlrp"
         with Bar("scoring", len(images)) as progress:
-            scores = vitq.relevance(net, images, method=method, batch_size=batch, progress=progress)  # type: ignore[arg-type]
+            scores = vitq.relevance(net, images, method=rules, batch_size=batch, progress=progress)  # type: ignore[arg-type]
         with Bar("measuring widths", None) as progress:
             plan = vitq.allocate(
                 net,
@@ -196,46 +198,22 @@ def quantize(
                 progress=progress,
             )
     with Bar("quantizing", len(sites)) as progress:
-        qmodel = vitq.quantize(net, images, plan, batch_size=batch, progress=progress)
+        if method is None:
+            qmodel = vitq.quantize(net, images, plan, batch_size=batch, progress=progress)
+        elif weight_bits is None:
+            qmodel = simulate(net, images, method, allocation=plan, seed=seed, batch_size=batch, progress=progress)
+        else:
+            qmodel = simulate(
+                net, images, method, weight_bits, act_bits, seed=seed, batch_size=batch, progress=progress
+            )
     # MODEL with its tag, so that `vitq eval --pretrained` fetches the same weights.
     qmodel.pretrained_cfg = {**(net.pretrained_cfg or {}), "architecture": model, **overrides(mean, std, crop)}
-    vitq.save(qmodel, out)
-    result = {"model": model, "out": str(out), "calibration_images": len(images), **sizes(qmodel)}
+    write_quantized(qmodel, out)
+    result = {"model": model, "out": str(out), "calibration_images": len(images), **facts(qmodel)}
     finish(shown(result), result, json_file)
 
 
-@app.command(name="eval")
-def evaluate(
-    quantized: options.Quantized,
-    images: options.Images,
-    limit: options.Limit = None,
-    checkpoint: options.Checkpoint = None,
-    pretrained: options.Pretrained = False,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    crop: options.Crop = None,
-    seed: options.Seed = 0,
-    batch: options.Batch = 16,
-    device: options.Device = "cpu",
-    json_file: options.Json = None,
-) -> None:
-    """Top-1 and speed; with float weights also agreement and KL.
-
-    The float weights, to compare with, come from --checkpoint or --pretrained. Without labels there is no top-1.
-    """
-    qmodel = vitq.load(quantized, device)
-    transform = eval_transform(qmodel, mean=numbers("mean", mean), std=numbers("std", std), crop=crop)
-    net = float_twin(qmodel, checkpoint, pretrained)
-    folder = ImageFolder.scan(images).sample(limit, seed)
-    with Bar("evaluating", len(folder.files)) as progress:
-        result = vitq.evaluate(
-            qmodel,
-            folder.batches(transform, batch),
-            float_model=None if net is None else net.to(device),
-            progress=lambda done: progress(done, len(folder.files)),
-        )
-    payload = {**result.to_dict(), **sizes(qmodel), "device": device}
-    finish(shown(payload), payload, json_file)
+app.command(name="eval")(evaluate)
 
 
 @app.command()
@@ -257,7 +235,7 @@ def report(
     results = {path.stem: parsed(path, json.loads) for path in evaluation or []}
     data = report_of(qmodel, quantized.name, relevance, results)
     write_report(data, out)
-    payload = {"out": str(out), **sizes(qmodel), "measurements": [asdict(m) for m in data.measurements]}
+    payload = {"out": str(out), **facts(qmodel), "measurements": [asdict(m) for m in data.measurements]}
     finish("", payload, json_file)
     wrote("report", out)
 

@@ -188,16 +188,6 @@ def scores_for(sites: Sequence[Site], path: Path) -> Relevance:
     return scores
 
 
-def sizes(qmodel: Any) -> dict[str, Any]:
-    """Bytes of the packed weights with their row orders, of the same weights in float32, and the mean width."""
-    record = qmodel.quantization
-    return {
-        "weight_bytes": record.allocation.weight_bytes(record.sites),
-        "float_bytes": record.float_bytes,
-        "mean_weight_bits": record.allocation.mean_weight_bits(record.sites),
-    }
-
-
 def parsed(path: Path, read: Callable[[str], T]) -> T:
     """What ``read`` makes of a file's text; ValueErrors name the file."""
     if not path.is_file():

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from vitq_kernels.planning import Strategy as StrategyName
+from vitq_kernels.presets import PRESETS
 from vitq_kernels.spec import MAX_BITS, MIN_BITS
 
 Check = Callable[[typer.CallbackParam, Any], Any]
@@ -28,10 +29,10 @@ def whole(low: int, high: int | None = None) -> Check:
 
 
 def one_of(names: Sequence[str]) -> Check:
-    """One of a few words."""
+    """One of a few words, or None."""
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
-        if value not in names:
+        if value is not None and value not in names:
             raise ValueError(f"{_name(param)} must be one of {', '.join(names)}, got {value!r}")
         return value
 
@@ -94,6 +95,11 @@ Strategy = Annotated[
         callback=one_of(get_args(StrategyName)),
         help="who gets the bits: relevance, lrp-qvit (as published, per layer) or random (the control)",
     ),
+]
+
+Method = Annotated[
+    str | None,
+    typer.Option(callback=one_of(tuple(PRESETS)), help=f"simulate a published method: {', '.join(PRESETS)}"),
 ]
 
 
