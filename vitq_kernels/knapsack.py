@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy import optimize, sparse
@@ -115,17 +116,7 @@ def _search(
     rows, sides, scales = capacities(uses, rooms)
     single = one_each(items, choices)
 
-    columns = np.flatnonzero(usable)
-    relaxed = optimize.linprog(
-        cost.flat[columns],
-        A_ub=rows[:, columns],
-        b_ub=sides,
-        A_eq=single[:, columns],
-        b_eq=np.ones(items),
-        method="highs-ipm",  # 5 times faster here than the simplex
-    )
-    # Any prices give a valid bound: should the relaxation fail, these only make the core larger.
-    prices = np.maximum(-relaxed.ineqlin.marginals, 0) if relaxed.status == 0 else np.zeros(len(rows))
+    relaxed, prices = _relaxed(cost, usable, rows, sides)
     priced = np.where(usable, cost + (prices @ rows).reshape(cost.shape), np.inf)
     least = priced.min(axis=1, keepdims=True)
     lower = float(least.sum() - prices @ sides)
@@ -135,7 +126,7 @@ def _search(
 
     if relaxed.status == 0:
         taken = np.zeros(cost.size)
-        taken[columns] = relaxed.x
+        taken[usable.flat] = relaxed.x
         rounded = np.argmax(taken.reshape(cost.shape) > 1e-9, axis=1)  # the lower choice of a split item: it fits
         if fits(rounded, uses, rooms) and _total(cost, rounded) < upper:
             best, upper = rounded, _total(cost, rounded)
@@ -173,6 +164,36 @@ def _search(
         if reach >= upper - lower:
             return Solution(best, "optimal", 0.0, worth)
         size *= 4
+
+
+def relaxation(cost: np.ndarray, uses: Sequence[np.ndarray], rooms: Sequence[int]) -> tuple[float, tuple[float, ...]]:
+    """What any choice costs at least, and ``Solution.prices``. Arguments and errors as ``solve``."""
+    unit = _total(cost, start(cost, uses, rooms)) / SCALE
+    if unit == 0:
+        return 0.0, (0.0,) * len(rooms)
+    with np.errstate(over="ignore"):
+        scaled = cost / unit
+    rows, sides, scales = capacities(uses, rooms)
+    usable = scaled <= SCALE
+    _, prices = _relaxed(scaled, usable, rows, sides)
+    priced = np.where(usable, scaled + (prices @ rows).reshape(cost.shape), np.inf)
+    return float(priced.min(axis=1).sum() - prices @ sides) * unit, tuple((prices * scales * unit).tolist())
+
+
+def _relaxed(cost: np.ndarray, usable: np.ndarray, rows: np.ndarray, sides: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The linear relaxation over the usable choices, and its price of each row."""
+    items, choices = cost.shape
+    columns = np.flatnonzero(usable)
+    relaxed = optimize.linprog(
+        cost.flat[columns],
+        A_ub=rows[:, columns],
+        b_ub=sides,
+        A_eq=one_each(items, choices)[:, columns],
+        b_eq=np.ones(items),
+        method="highs-ipm",  # 5 times faster here than the simplex
+    )
+    # Any prices give a valid bound: should the relaxation fail, these are only looser.
+    return relaxed, np.maximum(-relaxed.ineqlin.marginals, 0) if relaxed.status == 0 else np.zeros(len(rows))
 
 
 def capacities(uses: Sequence[np.ndarray], rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.allocation import allocate_bits, layer_costs, relevance_costs
+from vitq_kernels.allocation import allocate_bits
 from vitq_kernels.calibration import block_linears, input_covariances
+from vitq_kernels.costs import layer_costs, relevance_costs
 from vitq_kernels.models import vit_parts, vit_sites
 from vitq_kernels.quantizers import row_errors
 from vitq_kernels.relevance import Relevance

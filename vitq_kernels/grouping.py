@@ -1,0 +1,67 @@
+"""Rows of a layer that get one width: sorted by cost inside their tile, cut into groups, and put back as RowGroups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_kernels.spec import TILE_ROWS, RowGroups, Site, default_group_rows
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What gets one width each: layers or groups of rows, by site name and place."""
+
+    sites: tuple[Site, ...]  # of each group
+    rows: tuple[int, ...]  # rows of each group
+    cost: np.ndarray  # [groups, widths]
+    order: dict[str, np.ndarray]  # model row at each place, by site name
+    order_bytes: int  # of all row orders, if every tile of several groups is mixed
+
+
+def cut(free: Sequence[Site], tables: Mapping[str, np.ndarray], layer: bool, group_rows: int | None) -> Groups:
+    """Sorts the rows inside each tile by cost and cuts them into groups; a layer is the case of one large tile.
+
+    Args:
+        free: linears.
+        tables: cost of each row at each width, [N, widths], or of the whole layer, [1, widths], by site name.
+        layer: one group a layer.
+        group_rows: rows a group; None: ``default_group_rows`` of the layer.
+    """
+    found, orders, order_bytes = [], {}, 0
+    for site in free:
+        table = tables[site.name]
+        tile_rows, size = (site.rows,) * 2 if layer else (TILE_ROWS, group_rows or default_group_rows(site.rows))
+        key = np.broadcast_to(-table[:, table.shape[1] // 2], site.rows)
+        # lexsort is stable: rows of equal cost, and so all rows of a layer's own cost, keep the model's order.
+        order = orders[site.name] = np.lexsort((key, np.arange(site.rows) // tile_rows))
+        for tile in range(0, site.rows, tile_rows):
+            end = min(tile + tile_rows, site.rows)
+            order_bytes += end - tile if end - tile > size else 0
+            for start in range(tile, end, size):
+                rows = order[start : min(start + size, end)]
+                # len(rows) / site.rows is exactly 1 for a layer: its own cost must not pick up a rounding error.
+                cost = table[rows].sum(axis=0) if len(table) > 1 else table[0] * (len(rows) / site.rows)
+                found.append((site, len(rows), cost))
+    owners, counts, costs = zip(*found, strict=True)
+    return Groups(owners, counts, np.array(costs), orders, order_bytes)
+
+
+def row_groups(groups: Groups, bits: Sequence[int], group_rows: int | None) -> dict[str, RowGroups]:
+    """Widths of the groups as row groups, by site name."""
+    result = {}
+    for name, order in groups.order.items():
+        own = [i for i, site in enumerate(groups.sites) if site.name == name]
+        rows, widths = [groups.rows[i] for i in own], [bits[i] for i in own]
+        if len(set(widths)) == 1:
+            result[name] = RowGroups.uniform(sum(rows), widths[0])
+            continue
+        # Ascending rows in neighbouring groups of one width: equal widths are then equal data, and a tile of one width
+        # keeps the model's order.
+        run = np.cumsum(np.diff(np.repeat(widths, rows), prepend=0) != 0)
+        order = order[np.lexsort((order, run, np.arange(len(order)) // TILE_ROWS))]
+        size = group_rows or default_group_rows(len(order))
+        result[name] = RowGroups(len(order), tuple(widths), size, tuple(order.tolist()))
+    return result
