@@ -16,6 +16,7 @@ FC1 = Site("blocks.0.mlp.fc1", "fc1", 40, 10, 7 * 40 * 10)
 QK = Site("blocks.0.attn.qk", "qk", 0, 0, 490)
 AV = Site("blocks.0.attn.av", "av", 0, 0, 490)
 LINEAR = {"kind": "linear", "rows": 30, "cols": 10, "tokens": 7, "weight_bits": 4, "activation_bits": 8, "us": 1.1}
+MISSING = '{"kind": "linear", "rows": %d, "cols": 10, "tokens": 7, "weight_bits": %d, "activation_bits": %d}'
 ROWS = [
     LINEAR,
     {**LINEAR, "activation_bits": 4, "us": 0.9, "gpu": "a note"},
@@ -74,17 +75,17 @@ def test_a_site_by_name_goes_before_its_shape() -> None:
         (
             QKV,
             (3, 8),
-            '{"kind": "linear", "rows": 30, "cols": 10, "tokens": 7, "weight_bits": 3, "activation_bits": 8}',
+            MISSING % (30, 3, 8),
         ),
         (
             QKV,
             (2, 4),
-            '{"kind": "linear", "rows": 30, "cols": 10, "tokens": 7, "weight_bits": 2, "activation_bits": 4}',
+            MISSING % (30, 2, 4),
         ),
         (
             FC1,
             (4, 8),
-            '{"kind": "linear", "rows": 40, "cols": 10, "tokens": 7, "weight_bits": 4, "activation_bits": 8}',
+            MISSING % (40, 4, 8),
         ),
         (AV, (None, 4), '{"kind": "av", "macs": 490, "activation_bits": 4}'),
     ],
