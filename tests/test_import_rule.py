@@ -60,6 +60,7 @@ ALLOWED = {
         *("spec", "latency", "costs", "limits", "grouping", "choices"),
         *("knapsack", "quadratic", "greedy", "marginals"),
     ),
+    "strategies": ("spec", "costs", "relevance", "sensitivity"),
     "presets": ("spec", "models", "simulation", "presets", "tensor_file"),
     "data": ("spec", "data"),
 }

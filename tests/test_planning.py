@@ -267,9 +267,9 @@ def test_an_allocation_converts_and_beats_one_width(model: nn.Module, sites: tup
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["fisher", "", None], ids=repr)
+@pytest.mark.parametrize("strategy", ["lrp", "", None], ids=repr)
 def test_an_unknown_strategy_is_refused(strategy: object, model: nn.Module, scores: Relevance) -> None:
-    with pytest.raises(ValueError, match=r"strategy must be one of \('relevance', 'lrp-qvit', 'random'"):
+    with pytest.raises(ValueError, match=r"strategy must be one of \('relevance', 'fisher', 'lrp-qvit', 'mix"):
         allocate(model, scores, Budget(mean_weight_bits=4), strategy=strategy)
 
 
