@@ -52,6 +52,11 @@ class Widths:
         return places
 
     @property
+    def probabilities(self) -> dict[str, int]:
+        """The part of ``activations`` that quantizes attention probabilities."""
+        return {place: bits for place, bits in self.activations.items() if place.endswith(".probability")}
+
+    @property
     def post_norms(self) -> dict[str, str]:
         """Linears that read a LayerNorm inside a block to that norm: qkv and fc1 of every block."""
         ends = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}

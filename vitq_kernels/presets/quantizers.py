@@ -90,8 +90,8 @@ class Log2(FakeQuantizer):
 class LogSqrt2(FakeQuantizer):
     """RepQ-ViT's quantizer of attention probabilities, base sqrt(2), as its code has it.
 
-    ``q = rint(-2 log2(x / scale))``; ``scale * 2^(-q/2)`` where q < 2^bits (a negative q counts as 0), an exact zero from
-    2^bits on: 2^bits + 1 levels. Source: RepQ-ViT (Li et al., ICCV 2023, arXiv:2212.08254).
+    ``q = rint(-2 log2(x / scale))``; ``scale * 2^(-q/2)`` where q < 2^bits (a negative q counts as 0), an exact
+    zero from 2^bits on: 2^bits + 1 levels. Source: RepQ-ViT (Li et al., ICCV 2023, arXiv:2212.08254).
     """
 
     numbers = ("bits",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -61,7 +61,7 @@ def calibrate_reparameterized(
     widths: Widths,
     progress: Progress,
     *,
-    probability: Callable[[Tensor, int], nn.Module],
+    probabilities: Mapping[str, Fit],
     channels: ChannelFit = per_channel,
     target: Callable[[Tensor], Tensor] = torch.mean,
     percentiles: Sequence[float] = PERCENTILES,
@@ -74,7 +74,7 @@ def calibrate_reparameterized(
         batches: calibration images, run as one batch.
         widths: of every site.
         progress: called for every fitted quantizer.
-        probability: fits the quantizer of softmax's output.
+        probabilities: fits of the quantizers of softmax's output, by place.
         channels: fits the quantizer after a LayerNorm, per channel.
         target: of the channels' scales and zero points [C], the one of the tensor [].
         percentiles: candidate ranges of the weights.
@@ -87,14 +87,12 @@ def calibrate_reparameterized(
             linear = model.get_submodule(name)
             linear.weight = asymmetric_rows(linear.weight, widths.weight(name), percentiles)
 
-    fits: dict[str, Fit] = {}
+    fits = dict(probabilities)
     for place, bits in widths.activations.items():
         site = place.removesuffix(".input")
         if site in widths.post_norms:
             fits[place] = partial(channels, weight=exact[site], row_bits=widths.weight(site), bits=bits)
-        elif place.endswith(".probability"):
-            fits[place] = partial(probability, bits=bits)
-        elif place not in float_places:
+        elif place not in fits and place not in float_places:
             fits[place] = partial(per_tensor, bits=bits)
     round_weights(widths.linears)
     fit_in_forward_order(model, fits, batches, progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +34,13 @@ def apply(
     model: nn.Module, batches: list[Tensor], widths: Widths, generator: torch.Generator, progress: Progress
 ) -> None:
     """As the official code does it (commit a160561; methods.md 1.4 and 1.5)."""
-    calibrate_reparameterized(model, batches, widths, progress, probability=log_sqrt2)
+    probabilities = {place: partial(log_sqrt2, bits=bits) for place, bits in widths.probabilities.items()}
+    calibrate_reparameterized(model, batches, widths, progress, probabilities=probabilities)
 
 
 PRESET = Preset(
     "repq-vit",
-    "Li, Xiao, Yang, Gu: RepQ-ViT, ICCV 2023, arXiv:2212.08254; official code a160561 (Apache-2.0)",
+    "Li et al.: RepQ-ViT, ICCV 2023, arXiv:2212.08254; official code a160561 (Apache-2.0)",
     apply,
     calibration_images=32,
     levels=LEVELS,
