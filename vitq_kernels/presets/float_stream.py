@@ -36,12 +36,13 @@ def linears_and_matmuls(
         for place in places:
             site, _, end = place.rpartition(".")
             if end == "input":
-                yield done, site, {"input": _tokens(model.get_submodule(site), seen.pop(place))}
+                yield done, site, {"input": tokens_of(model.get_submodule(site), seen.pop(place))}
             elif end == MATMUL_PARTS[0]:
                 yield done, site, {part: seen.pop(f"{site}.{part}") for part in MATMUL_PARTS}
 
 
-def _tokens(module: nn.Module, x: Tensor) -> Tensor:
+def tokens_of(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear's input [..., K] as [T, K]; the patch embedding's images as their patches."""
     if isinstance(module, SimulatedPatchEmbed):
         x = F.unfold(x, module.weight.shape[-2:], stride=module.stride).mT
     return x.flatten(0, -2)

@@ -28,6 +28,11 @@ class ProductError:
             basis, triangle = torch.linalg.qr(other_quantized)
             self.factor, self.residual = triangle.mT, self.residual @ basis
 
+    @property
+    def elements(self) -> int:
+        """Numbers that one candidate makes."""
+        return max(self.own.numel(), self.residual.numel())
+
     def rows(self, chosen: Tensor) -> ProductError:
         """The same for some rows of a [T, K], a mask [T]; nothing may be weighted."""
         part = copy.copy(self)
