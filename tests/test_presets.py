@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -19,6 +20,7 @@ from tests.numerics import uniform
 from vitq_kernels.models import vit_sites
 from vitq_kernels.presets import PRESETS, Simulation, file, lrp_qvit, published_widths, simulate
 from vitq_kernels.presets.capture import fit_in_forward_order, inputs_of
+from vitq_kernels.presets.norm import NormWithInput
 from vitq_kernels.presets.quantizers import FakeQuantizer, Uniform
 from vitq_kernels.presets.ranges import percentile_affine
 from vitq_kernels.presets.reparameterization import fold_channel_scales
@@ -365,6 +367,19 @@ def test_a_file_gives_the_same_model_back(method: str, variant: str, tmp_path: P
     file.save(loaded, tmp_path / "again.safetensors")
     first, again = (signature(tmp_path / name) for name in ("s.safetensors", "again.safetensors"))
     assert first == again
+
+
+def test_a_quantizer_before_a_norm_is_kept(tmp_path: Path) -> None:
+    model = copy.deepcopy(quantized("repq-vit", 6, 6))
+    plain = logits(model)
+    for name in ("blocks.0.norm1", "norm"):
+        wrapped = NormWithInput(model.get_submodule(name))
+        wrapped.input = Uniform(torch.tensor(0.25), torch.tensor(8.0), 0, 15)
+        model.set_submodule(name, wrapped)
+    file.save(model, tmp_path / "s.safetensors")
+    loaded = logits(file.load(tmp_path / "s.safetensors"))
+    assert torch.equal(loaded, logits(model))
+    assert not torch.equal(loaded, plain)
 
 
 def changed(path: Path, change: object, sign: bool = True) -> None:
