@@ -82,14 +82,15 @@ def sensitivity(
         raise ValueError(f"sensitivity: pair_candidates must be among candidates {candidates}, got {pair_candidates}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"sensitivity: batch_size must be a positive integer, got {batch_size!r}")
-    weight = vit_parts(model, strict=True).patch_proj.weight
+    parts = vit_parts(model, strict=True)
+    weight = parts.patch_proj.weight
     if weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sensitivity: model must have float32 or float64 weights, got {weight.dtype}")
     chosen = _chosen_sites(vit_sites(model), part, sites)
     batches = [batch.to(weight.dtype) for batch in image_batches(images, batch_size, weight.device)]
     config = config or QuantConfig()
-    owner = fingerprint(model, batches, f"{part} {baseline} {config}")
-    measured = MeasurementCache(cache, owner)
+    heads = [(block.num_heads, block.softmax_scale) for block in parts.blocks]  # which neither weights nor names tell
+    measured = MeasurementCache(cache, fingerprint(model, batches, f"{part} {baseline} {config} {heads}"))
 
     def changes(*widths: tuple[Site, int]) -> Changes:
         return tuple((site.name, bits) for site, bits in widths if bits != baseline)
