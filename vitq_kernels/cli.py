@@ -13,13 +13,13 @@ import vitq_kernels as vitq
 from vitq_kernels import cli_options as options
 from vitq_kernels.cli_allocate import allocate
 from vitq_kernels.cli_eval import evaluate
-from vitq_kernels.cli_inputs import calibration_images, float_model, parsed, scores_for
-from vitq_kernels.cli_output import Bar, console, finish, one_voice, shown, wrote
+from vitq_kernels.cli_inputs import parsed, scores_for
+from vitq_kernels.cli_output import console, finish, one_voice, shown, wrote
 from vitq_kernels.cli_quantize import quantize
 from vitq_kernels.cli_quantized import facts
+from vitq_kernels.cli_score import score
 from vitq_kernels.demo import run_demo
 from vitq_kernels.doctor import examine
-from vitq_kernels.files import write_text
 from vitq_kernels.ops import BackendUnavailableError
 from vitq_kernels.report import write_report
 from vitq_kernels.summary import report_of
@@ -49,38 +49,7 @@ def demo(
     wrote("report", out)
 
 
-@app.command()
-def score(
-    model: options.Model,
-    calibration: options.Calibration,
-    out: Annotated[Path, options.output("scores")] = Path("scores.json"),
-    checkpoint: options.Checkpoint = None,
-    pretrained: options.Pretrained = False,
-    method: Annotated[
-        str, typer.Option(callback=options.one_of(("attnlrp", "chefer")), help="rules of LRP: attnlrp or chefer")
-    ] = "attnlrp",
-    tokens: Annotated[
-        str,
-        typer.Option(callback=options.one_of(("all", "image", "class")), help="tokens that count: all, image, class"),
-    ] = "all",
-    count: options.Count = 64,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    crop: options.Crop = None,
-    seed: options.Seed = 0,
-    batch: options.Batch = 16,
-    json_file: options.Json = None,
-) -> None:
-    """Layer-wise relevance of every site and output row."""
-    net = float_model(model, checkpoint, pretrained)
-    images = calibration_images(net, calibration, count, mean, std, crop, seed)
-    with Bar("scoring", len(images)) as progress:
-        scores = vitq.relevance(net, images, method=method, tokens=tokens, batch_size=batch, progress=progress)  # type: ignore[arg-type]
-    write_text(out, scores.to_json())
-    finish(str(scores), json.loads(scores.to_json()), json_file)
-    wrote("scores", out)
-
-
+app.command()(score)
 app.command()(allocate)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
