@@ -114,7 +114,10 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
         "quantize vitq_test_deep --bits {work}/bits.json --calibration {work} --checkpoint {work}/deep.safetensors",
         r"bits.json: allocation does not fit the model: missing sites \['blocks.2.attn.qkv'",
     ),
-    "budget-none": (ALLOCATE + " --scores {work}/scores.json", r"--mean-weight-bits, --size-mb or --bitops"),
+    "budget-none": (
+        ALLOCATE + " --scores {work}/scores.json",
+        r"give a budget: one or more of --mean-weight-bits, --size-mb, --bitops",
+    ),
     "budget-negative": (QUANTIZE + " --size-mb -1 " + FLOAT, r"size_mb must be a positive number, got -1.0"),
     "budget-of-bits-infeasible": (
         QUANTIZE + " --mean-weight-bits 1.5 " + FLOAT,
@@ -129,8 +132,8 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
         r"bitops=1000000.0 cannot be met: the smallest is \d+.0 \(bitops in ones; --bitops counts 10\^9\)",
     ),
     "allocation-unknown": (
-        QUANTIZE + " --mean-weight-bits 4 --allocation fisher " + FLOAT,
-        r"--allocation must be one of relevance, lrp-qvit, random, got 'fisher'",
+        QUANTIZE + " --mean-weight-bits 4 --allocation luck " + FLOAT,
+        r"--allocation must be one of relevance, fisher, lrp-qvit, mix-qvit, .*, random, got 'luck'",
     ),
     "scores-missing": (ALLOCATE + " --mean-weight-bits 4 --scores {tmp}/none.json", r"none.json is not a file"),
     "scores-bits": (

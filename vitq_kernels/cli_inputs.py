@@ -14,11 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vitq_kernels.allocation import allocate_bits
+from vitq_kernels.costs import check_candidates
 from vitq_kernels.images import eval_transform, load_folder
+from vitq_kernels.latency import KernelTimes
 from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.planning import check_plan
 from vitq_kernels.relevance import Relevance
-from vitq_kernels.spec import MIN_BITS, BitAllocation, Budget, Site
+from vitq_kernels.sensitivity import Sensitivity
+from vitq_kernels.spec import BitAllocation, Budget, Site
+from vitq_kernels.strategies import BY_SENSITIVITY
 
 T = TypeVar("T")
 
@@ -146,20 +150,62 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     return values * 3 if len(values) == 1 else values
 
 
-def budget(mean_weight_bits: float | None, size_mb: float | None, bitops: float | None) -> Budget:
-    """The limits that were given; --bitops counts 10^9."""
-    if mean_weight_bits is None and size_mb is None and bitops is None:
-        raise ValueError("give a budget: --mean-weight-bits, --size-mb or --bitops")
-    return Budget(mean_weight_bits, size_mb, None if bitops is None else bitops * 1e9)
+BUDGETS = "--mean-weight-bits, --size-mb, --bitops, --mean-act-bits, --latency-ms"
 
 
-def check_budget(sites: Sequence[Site], limits: Budget, activation_bits: int) -> None:
-    """Raises ValueError with the smallest budget that can be met, before anything is measured."""
-    nothing = {site.name: [0.0] for site in sites if site.in_block and site.has_weight}
+def budget(
+    mean_weight_bits: float | None,
+    size_mb: float | None,
+    bitops: float | None,
+    mean_act_bits: float | None,
+    latency_ms: float | None,
+) -> Budget | None:
+    """The limits that were given, None without any; --bitops counts 10^9."""
+    limits = (mean_weight_bits, size_mb, None if bitops is None else bitops * 1e9, mean_act_bits, latency_ms)
+    return None if all(limit is None for limit in limits) else Budget(*limits)
+
+
+def plan_of(
+    strategy: str,
+    act_bits: int,
+    tied: bool,
+    candidates: str | None,
+    act_candidates: str | None,
+    group_rows: int | None,
+    kernel_times: Path | None,
+    sensitivity: Sequence[Path] | None,
+) -> dict[str, Any]:
+    """How to allocate, as ``planning.allocate`` takes it; widths that are not given are those of the sensitivity."""
+    measured = [parsed(path, Sensitivity.from_json) for path in sensitivity or []]
+    known = {one.part: one.candidates for one in measured} if strategy in BY_SENSITIVITY else {}
+    return {
+        "strategy": strategy,
+        "activation_bits": act_bits,
+        "tied": tied,
+        "candidates": _widths("candidates", candidates) or known.get("both" if tied else "weight"),
+        "activation_candidates": _widths("act-candidates", act_candidates),
+        "group_rows": group_rows,
+        "times": None if kernel_times is None else parsed(kernel_times, KernelTimes.from_json),
+        "sensitivity": measured,
+    }
+
+
+def _widths(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Widths separated by commas."""
+    if text is None:
+        return None
     try:
-        allocate_bits(sites, nothing, limits, activation_bits=activation_bits, candidates=(MIN_BITS,))
+        return check_candidates(f"--{name}", [int(word) for word in text.split(",")])
     except ValueError as error:
-        unit = "" if limits.bitops is None else " (bitops in ones; --bitops counts 10^9)"
+        raise ValueError(f"--{name} must be widths in 2..8, ascending, separated by commas, got {text!r}") from error
+
+
+def check_budget(sites: Sequence[Site], limits: Budget, plan: Mapping[str, Any]) -> None:
+    """Raises ValueError with the smallest budget that can be met, before anything is measured."""
+    try:
+        check_plan(sites, limits, **{name: value for name, value in plan.items() if name != "sensitivity"})
+    except ValueError as error:
+        unit = " (bitops in ones; --bitops counts 10^9)" if "bitops=" in str(error) else ""
         raise ValueError(f"{error}{unit}") from error
 
 

@@ -28,12 +28,12 @@ def whole(low: int, high: int | None = None) -> Check:
     return check
 
 
-def one_of(names: Sequence[str]) -> Check:
-    """One of a few words, or None."""
+def one_of(names: Sequence[Any]) -> Check:
+    """One of a few words or numbers, or None."""
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
         if value is not None and value not in names:
-            raise ValueError(f"{_name(param)} must be one of {', '.join(names)}, got {value!r}")
+            raise ValueError(f"{_name(param)} must be one of {', '.join(map(str, names))}, got {value!r}")
         return value
 
     return check
@@ -89,14 +89,39 @@ ActBits = Annotated[
 MeanBits = Annotated[float | None, typer.Option(help="budget: mean bits of a weight over the linears of the blocks")]
 SizeMb = Annotated[float | None, typer.Option(help="budget: packed weights, in 10^6 bytes")]
 BitOps = Annotated[float | None, typer.Option(help="budget: MACs * weight bits * activation bits of an image, in 10^9")]
+LatencyMs = Annotated[
+    float | None, typer.Option(help="budget: milliseconds of all sites, by the times of --kernel-times")
+]
+MeanActBits = Annotated[
+    float | None,
+    typer.Option(
+        help="budget: mean bits of an activation over the blocks' MACs; every site then has a width of its own"
+    ),
+]
+KernelTimesFile = Annotated[
+    Path | None, typer.Option("--kernel-times", help="JSON of measured kernel times (vitq_kernels/latency.py)")
+]
+Tied = Annotated[bool, typer.Option("--tied", help="a layer's weights and activations have one width")]
+Candidates = Annotated[str | None, typer.Option(help="weight widths to choose from, such as 2,4,8; default: 2 to 8")]
+ActCandidates = Annotated[
+    str | None, typer.Option(help="activation widths to choose from, site by site; default: --act-bits alone")
+]
+GroupRows = Annotated[
+    int | None,
+    typer.Option(callback=one_of((16, 32, 64)), help="output rows that share a width: 16, 32, 64; default: by layer"),
+]
 Strategy = Annotated[
     str,
     typer.Option(
         callback=one_of(get_args(StrategyName)),
-        help="who gets the bits: relevance, lrp-qvit (as published, per layer) or random (the control)",
+        help="who gets the bits. By groups of rows: relevance, fisher, random (the control). By layer: lrp-qvit and "
+        "mix-qvit (as published), sensitivity, combined, greedy",
     ),
 ]
-
+Sensitivities = Annotated[
+    list[Path] | None,
+    typer.Option("--sensitivity", help="what `vitq score --sensitivity` measured; may repeat, one of each part"),
+]
 Method = Annotated[
     str | None,
     typer.Option(callback=one_of(tuple(PRESETS)), help=f"simulate a published method: {', '.join(PRESETS)}"),

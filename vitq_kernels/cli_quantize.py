@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from torch import Tensor, nn
 
 import vitq_kernels as vitq
 from vitq_kernels import cli_options as options
 from vitq_kernels.cli_inputs import (
+    BUDGETS,
     allocation_for,
     budget,
     calibration_images,
@@ -17,10 +19,17 @@ from vitq_kernels.cli_inputs import (
     float_model,
     integer_sites,
     overrides,
+    plan_of,
 )
 from vitq_kernels.cli_output import Bar, finish, shown
 from vitq_kernels.cli_quantized import facts, write_quantized
+from vitq_kernels.costs import CANDIDATES
+from vitq_kernels.planning import choose_activations
 from vitq_kernels.presets import simulate
+from vitq_kernels.sensitivity_runs import sensitivity as measure_sensitivity
+from vitq_kernels.strategies import BY_SENSITIVITY, WITHOUT_SCORES, parts_of, rules_of
+
+PAIR_WIDTHS = (2, 3, 4)  # where pairs of sites are measured: two sites interact most at narrow widths
 
 
 def quantize(
@@ -33,9 +42,17 @@ def quantize(
     mean_weight_bits: options.MeanBits = None,
     size_mb: options.SizeMb = None,
     bitops: options.BitOps = None,
+    mean_act_bits: options.MeanActBits = None,
+    latency_ms: options.LatencyMs = None,
+    kernel_times: options.KernelTimesFile = None,
     bits: Annotated[Path | None, typer.Option(help="what `vitq allocate` wrote for this model")] = None,
     act_bits: options.ActBits = 8,
+    act_candidates: options.ActCandidates = None,
+    tied: options.Tied = False,
+    candidates: options.Candidates = None,
+    group_rows: options.GroupRows = None,
     allocation: options.Strategy = "relevance",
+    sensitivity: options.Sensitivities = None,
     count: options.Count = 64,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -47,45 +64,32 @@ def quantize(
 ) -> None:
     """Calibrates, allocates if asked to, and quantizes.
 
-    Widths come from exactly one of --weight-bits, --bits and a budget (--mean-weight-bits, --size-mb, --bitops).
+    Widths come from exactly one of --weight-bits, --bits and a budget (--mean-weight-bits, --size-mb, --bitops,
+    --mean-act-bits, --latency-ms). Scores, and a sensitivity that --allocation needs and --sensitivity does not give,
+    are measured on the calibration images.
     With --method the result is that method's model in float simulation, not integers; --weight-bits is then the width
     of patch embedding and head too, as published.
     """
-    budgets = [mean_weight_bits, size_mb, bitops]
-    mixed = any(b is not None for b in budgets)
-    if sum((weight_bits is not None, mixed, bits is not None)) != 1:
-        raise ValueError(
-            "give exactly one of --weight-bits, --bits and a budget (--mean-weight-bits, --size-mb, --bitops)"
-        )
+    limits = budget(mean_weight_bits, size_mb, bitops, mean_act_bits, latency_ms)
+    if sum((weight_bits is not None, limits is not None, bits is not None)) != 1:
+        raise ValueError(f"give exactly one of --weight-bits, --bits and a budget ({BUDGETS})")
     net = float_model(model, checkpoint, pretrained)
     sites = integer_sites(net)
     if bits is not None:
-        plan = allocation_for(sites, bits)
+        widths = allocation_for(sites, bits)
     elif weight_bits is not None:
-        plan = vitq.BitAllocation.uniform(sites, weight_bits, act_bits)
+        widths = vitq.BitAllocation.uniform(sites, weight_bits, act_bits)
     else:
-        check_budget(sites, budget(*budgets), act_bits)
+        plan = plan_of(allocation, act_bits, tied, candidates, act_candidates, group_rows, kernel_times, sensitivity)
+        check_budget(sites, limits, plan)
     images = calibration_images(net, calibration, count, mean, std, crop, seed)
-    if mixed:
-        rules = "chefer" if allocation == "lrp-qvit" else "attnlrp"
-        with Bar("scoring", len(images)) as progress:
-            scores = vitq.relevance(net, images, method=rules, batch_size=batch, progress=progress)  # type: ignore[arg-type]
-        with Bar("measuring widths", None) as progress:
-            plan = vitq.allocate(
-                net,
-                scores,
-                budget(*budgets),
-                activation_bits=act_bits,
-                images=images,
-                strategy=allocation,  # type: ignore[arg-type]
-                seed=seed,
-                progress=progress,
-            )
+    if limits is not None:
+        widths = allocated(net, images, limits, plan, seed, batch)
     with Bar("quantizing", len(sites)) as progress:
         if method is None:
-            qmodel = vitq.quantize(net, images, plan, batch_size=batch, progress=progress)
+            qmodel = vitq.quantize(net, images, widths, batch_size=batch, progress=progress)
         elif weight_bits is None:
-            qmodel = simulate(net, images, method, allocation=plan, seed=seed, batch_size=batch, progress=progress)
+            qmodel = simulate(net, images, method, allocation=widths, seed=seed, batch_size=batch, progress=progress)
         else:
             qmodel = simulate(
                 net, images, method, weight_bits, act_bits, seed=seed, batch_size=batch, progress=progress
@@ -95,3 +99,36 @@ def quantize(
     write_quantized(qmodel, out)
     result = {"model": model, "out": str(out), "calibration_images": len(images), **facts(qmodel)}
     finish(shown(result), result, json_file)
+
+
+def allocated(
+    net: nn.Module, images: Tensor, limits: vitq.Budget, plan: dict[str, Any], seed: int, batch: int
+) -> vitq.BitAllocation:
+    """Widths under a budget, after measuring what the strategy needs."""
+    strategy, scores = plan["strategy"], None
+    if strategy not in WITHOUT_SCORES:
+        with Bar("scoring", len(images)) as progress:
+            scores = vitq.relevance(net, images, method=rules_of(strategy), batch_size=batch, progress=progress)
+    measured = list(plan["sensitivity"])
+    if strategy in BY_SENSITIVITY:
+        chosen = choose_activations(limits, plan["tied"], plan["activation_candidates"])
+        for part in parts_of(plan["tied"], chosen):
+            if part not in [one.part for one in measured]:
+                widths = plan["activation_candidates" if part == "activation" else "candidates"] or CANDIDATES
+                with Bar(f"measuring the {part} sensitivity", None) as progress:
+                    measured.append(
+                        measure_sensitivity(
+                            net,
+                            images,
+                            part=part,
+                            candidates=widths,
+                            pairs=strategy == "mix-qvit",
+                            pair_candidates=[b for b in PAIR_WIDTHS if b in widths] or widths[:1],
+                            batch_size=batch,
+                            progress=progress,
+                        )
+                    )
+    with Bar("measuring widths", None) as progress:
+        return vitq.allocate(
+            net, scores, limits, images=images, seed=seed, progress=progress, **plan | {"sensitivity": measured}
+        )
