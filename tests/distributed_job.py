@@ -18,6 +18,7 @@ from vitq_kernels.checkpoint import save
 from vitq_kernels.distributed import from_first, in_order, process_group, rank, world_size
 from vitq_kernels.evaluation import evaluate
 from vitq_kernels.relevance import relevance
+from vitq_kernels.sensitivity_runs import sensitivity
 
 IMAGES = 7  # in batches of 2 they are four, the last one short: uneven shares
 
@@ -43,6 +44,15 @@ def compare(lazy: bool, size: int = 2) -> Any:
     return {**result.to_dict(), "images_per_s": None}, calls
 
 
+def measure(**keywords: Any) -> Any:
+    """Runs of both blocks, an odd number of them."""
+    calls: list[tuple[int, int]] = []
+    sites = ["blocks.0.attn.qkv", "blocks.0.attn.av", "blocks.1.mlp.fc2"]
+    keywords = {"part": "both", "baseline": 5, "candidates": (2, 4), "sites": sites, "batch_size": 3, **keywords}
+    model, images = variant_vit("class-token"), variant_images(count=4)
+    return sensitivity(model, images, progress=lambda *done: calls.append(done), **keywords), calls
+
+
 def wrong_label() -> str:
     """The error of a batch that one process alone looks at."""
     labels = torch.tensor([0, 0, 99, 0])
@@ -60,6 +70,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "evaluation": lambda: compare(lazy=False),
     "evaluation-of-an-iterator": lambda: compare(lazy=True),
     "evaluation-fewer-batches-than-processes": lambda: compare(False, IMAGES),
+    "sensitivity": lambda: measure(pairs=True, pair_candidates=(2, 4)),
+    "sensitivity-fewer-runs-than-processes": lambda: measure(
+        baseline=None, candidates=(2,), sites=["blocks.1.attn.qk"]
+    ),
     "error": wrong_label,
 }
 
@@ -95,6 +109,7 @@ def main(folder: Path) -> None:
     with process_group():
         found = {name: case() for name, case in CASES.items()}
         found |= {"shares": shares(), "first": from_first(rank), "size": world_size()}
+        found["cached"] = [measure(cache=folder / "cache.jsonl") for _ in range(2)]
         found["commands"] = [invoke(*words) for words in commands(folder, rank())]
         (folder / f"{rank()}.pickle").write_bytes(pickle.dumps(found))
 

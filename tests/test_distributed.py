@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_job import CASES, commands, make_files
+from distributed_job import CASES, commands, make_files, measure
 
 from tests.command_line import Result, run
 from vitq_kernels.distributed import from_first, in_order, process_group, rank, world_size
@@ -68,6 +68,14 @@ def test_items_are_shared_in_turn(found: list[dict[str, Any]]) -> None:
     assert [process["size"] for process in found] == [2, 2]
     assert [process["shares"] for process in found] == [[(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]] * 2
     assert [process["first"] for process in found] == [0, 0]
+
+
+def test_processes_share_a_cache(folder: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:
+    expected = measure(cache=tmp_path / "cache.jsonl")
+    assert (folder / "cache.jsonl").read_bytes() == (tmp_path / "cache.jsonl").read_bytes()
+    again = measure(cache=tmp_path / "cache.jsonl")
+    assert again[1] == [(7, 7)]
+    assert [process["cached"] for process in found] == [[expected, again]] * PROCESSES
 
 
 def test_an_error_of_one_process_reaches_all(found: list[dict[str, Any]]) -> None:
