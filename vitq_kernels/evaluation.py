@@ -56,7 +56,8 @@ def evaluate(
 ) -> Evaluation:
     """Runs a model, and the float one beside it, over (images, labels) batches on the model's device.
 
-    In an initialised process group the batches are shared between the processes (distributed.py).
+    In an initialised process group the batches, the same ones on every process, are shared between the processes
+    (distributed.py), and every process returns the whole evaluation.
 
     Args:
         model: images [b, C, H, W] to logits [b, classes].

@@ -94,7 +94,8 @@ def relevance(
 ) -> Relevance:
     """Relevance of every site, and of every output row of every linear, for the decisions on ``images``.
 
-    In an initialised process group the passes are shared between the processes (distributed.py).
+    In an initialised process group the passes over the images, the same ones on every process, are shared between the
+    processes (distributed.py), and every process returns the whole relevance.
 
     Args:
         model: a timm VisionTransformer of float32 or float64 weights, every block of which is supported. Its
