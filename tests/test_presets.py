@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_vits import mixed_allocation, sqnr_db, variant_images, variant_vit
+from small_vits import mixed_allocation, small_vit, sqnr_db, variant_images, variant_vit
 from torch import Tensor, nn
 
 from tests.numerics import uniform
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import UnsupportedModelError, vit_sites
 from vitq_kernels.presets import PRESETS, Simulation, file, lrp_qvit, published_widths, simulate
 from vitq_kernels.presets.capture import fit_in_forward_order, inputs_of
 from vitq_kernels.presets.norm import NormWithInput
@@ -310,6 +310,20 @@ def test_bad_arguments_are_named(case: str) -> None:
 def test_images_are_checked(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images must be \[n, C, H, W\] with n at least 1, got "):
         simulate(variant_vit("class-token"), torch.zeros(shape), "repq-vit", 4, 4)
+
+
+@pytest.mark.parametrize("where", ["images", "weights"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_numbers_that_are_not_finite_are_refused(where: str, value: float) -> None:
+    model, images = variant_vit("class-token"), variant_images(count=2)
+    (images if where == "images" else model.blocks[1].mlp.fc2.weight.data).view(-1)[3] = value
+    with pytest.raises(ValueError, match=f"{where} must be finite, got NaN or Inf"):
+        simulate(model, images, "repq-vit", 4, 4)
+
+
+def test_a_model_without_sites_for_a_part_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0"):
+        simulate(small_vit(qk_norm=True), variant_images(count=2), "repq-vit", 4, 4)
 
 
 # What goes into modules.

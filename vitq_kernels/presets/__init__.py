@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.models import vit_config, vit_sites
-from vitq_kernels.presets import adalog, dopq_vit, is_vit, lrp_qvit, mix_qvit, ptq4vit, repq_vit
+from vitq_kernels.presets import adalog, dopq_vit, fq_vit, is_vit, lrp_qvit, mix_qvit, noisyquant, ptq4vit, repq_vit
 from vitq_kernels.presets.preset import Preset, Progress, Simulation, Widths
 from vitq_kernels.simulation import simulated
 from vitq_kernels.spec import BitAllocation, RowGroups, Site, SiteBits, check_bits
 
 __all__ = ["PRESETS", "Preset", "Simulation", "Widths", "simulate"]
 
-_METHODS = (adalog, ptq4vit, repq_vit, lrp_qvit, mix_qvit, is_vit, dopq_vit)
+_METHODS = (adalog, fq_vit, noisyquant, ptq4vit, repq_vit, lrp_qvit, mix_qvit, is_vit, dopq_vit)
 PRESETS: dict[str, Preset] = {method.PRESET.name: method.PRESET for method in _METHODS}
 
 
@@ -62,7 +62,8 @@ def simulate(
         The model in eval mode; ``model.simulation`` is its record, a ``Simulation``.
 
     Raises:
-        ValueError: an unknown method, no images, widths that are missing, twice given or out of range.
+        ValueError: an unknown method, no images, NaN or Inf in images or weights, widths that are missing, twice given
+            or out of range.
         UnsupportedModelError: a part of the model has no sites.
     """
     if method not in PRESETS:
@@ -71,7 +72,10 @@ def simulate(
         raise ValueError("simulate: give either weight_bits and activation_bits, or an allocation")
     if images.dim() != 4 or not len(images):
         raise ValueError(f"images must be [n, C, H, W] with n at least 1, got {list(images.shape)}")
-    preset, sites = PRESETS[method], vit_sites(model)
+    for what, tensors in (("images", [images]), ("model: weights", model.parameters())):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise ValueError(f"{what} must be finite, got NaN or Inf")
+    preset, sites, config = PRESETS[method], vit_sites(model), vit_config(model)  # type: ignore[arg-type]
     if allocation is None:
         allocation = published_widths(sites, weight_bits, activation_bits)  # type: ignore[arg-type]
     allocation.check(sites)
@@ -91,7 +95,7 @@ def simulate(
         preset.completed,
         len(used),
         seed,
-        vit_config(model),  # type: ignore[arg-type]
+        config,
         allocation,
         sites,
         preset.executes,
