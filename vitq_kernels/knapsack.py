@@ -132,7 +132,9 @@ def _search(
             best, upper = rounded, _total(cost, rounded)
     size = CORE
     while True:
-        reach = max(min(upper - lower, ranked[min(items + size, cost.size) - 1]), 0.0)
+        reach = max(upper - lower, 0.0)
+        if items + size < cost.size:
+            reach = min(reach, ranked[items + size - 1])
         core = excess <= reach + 1e-6
         core[np.arange(items), best] = True  # so that the program has a solution
         free = core.sum(axis=1) > 1
