@@ -103,6 +103,12 @@ def test_other_models_measure_as_their_twins(variant: str, images: Tensor) -> No
     assert found.kl == {name: (twin.kl(**{name.replace(".", "__"): 3}),) for name in sites}
 
 
+def test_blocks_may_be_left_out(images: Tensor) -> None:
+    model, sites = small_vit(depth=5), ("blocks.2.mlp.fc1", "blocks.4.attn.proj")
+    found, twin = measured(model, images, baseline=5, candidates=(3,), sites=sites), Twin(model, images, "weight", 5)
+    assert found.kl == {name: (twin.kl(**{name.replace(".", "__"): 3}),) for name in sites}
+
+
 @pytest.mark.parametrize("baseline", [4, None], ids=["base4", "float"])
 def test_pairs_measure_as_their_twins(baseline: int | None, model: nn.Module, images: Tensor) -> None:
     keywords = {"part": "both", "baseline": baseline, "pairs": True, "pair_candidates": (2, 4)}
