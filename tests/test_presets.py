@@ -24,6 +24,7 @@ from vitq_kernels.presets.norm import NormWithInput
 from vitq_kernels.presets.quantizers import FakeQuantizer, Uniform
 from vitq_kernels.presets.ranges import percentile_affine
 from vitq_kernels.presets.reparameterization import fold_channel_scales
+from vitq_kernels.presets.weights import asymmetric_rows
 from vitq_kernels.simulation import SimulatedLinear, simulated
 from vitq_kernels.tensor_file import CheckpointError, content_hash
 
@@ -111,6 +112,20 @@ def test_weights_after_norms_are_rounded_after_the_fold() -> None:
     for name in ("blocks.0.attn.qkv", "blocks.1.mlp.fc1", "blocks.0.mlp.fc2", "patch_embed.proj", "head"):
         for row in model.get_submodule(name).weight.flatten(1):
             assert len(row.unique()) <= 8, name
+
+
+@pytest.mark.parametrize("place", ["attn.qkv", "mlp.fc1"])
+def test_the_folded_float_weight_is_rounded_once(place: str) -> None:
+    """Not the weight that was rounded for calibration: r is read off the norm, before and after."""
+    model, norm = variant_vit("class-token"), {"attn.qkv": "norm1", "mlp.fc1": "norm2"}[place]
+    gain = model.blocks[0].get_submodule(norm).weight.data
+    gain[gain == 0] = 0.7
+    result = simulate(model, variant_images(), "repq-vit", 3, 4)
+    ratio = gain / result.blocks[0].get_submodule(norm).weight
+    exact, actual = (net.blocks[0].get_submodule(place).weight for net in (model, result))
+    expected = asymmetric_rows(exact.detach() * ratio, torch.full((len(exact),), 3))
+    same = (actual - expected).abs() < 1e-4 * expected.abs().amax(1, keepdim=True)
+    assert float(same.float().mean()) > 0.99  # float32 may decide a tie the other way
 
 
 # Clipped channels of LRP-QViT.
