@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,12 @@ from tests.numerics import assert_bitwise_equal
 from tests.small_vits import small_vit, sqnr_db, variant_images
 from vitq_kernels.calibration import input_covariances
 from vitq_kernels.convert import quantize
+from vitq_kernels.latency import KernelTime, KernelTimes
 from vitq_kernels.models import vit_sites
 from vitq_kernels.planning import CANDIDATES, allocate, measure_errors
-from vitq_kernels.quantizers import gptq, round_to_nearest, weight_scale
 from vitq_kernels.relevance import Relevance, relevance
+from vitq_kernels.rounding import gptq, round_to_nearest, weight_scale
+from vitq_kernels.sensitivity import Sensitivity
 from vitq_kernels.spec import BitAllocation, Budget, Site
 
 IMAGES = variant_images()
@@ -262,6 +265,228 @@ def test_an_allocation_converts_and_beats_one_width(model: nn.Module, sites: tup
         ]
     assert quality[1] > quality[0] + 1
     assert quality[1] > quality[2] - 3
+
+
+# --- strategies of layers, and a measured sensitivity -------------------------------------------------------------
+
+
+SUFFIXES = ("attn.qkv", "attn.qk", "attn.av", "attn.proj", "mlp.fc1", "mlp.fc2")
+BLOCK_SITES = [f"blocks.{block}.{suffix}" for block in (0, 1) for suffix in SUFFIXES]
+PAIRED = [(a, b) for a, b in itertools.combinations(BLOCK_SITES, 2) if a[:8] == b[:8]]
+
+
+def sensitivity_of(
+    part: str, seed: int = 0, candidates: tuple[int, ...] = (2, 3, 4, 6), pairs: bool = True
+) -> Sensitivity:
+    """Falling numbers for every site of the part; pairs of either sign."""
+    rng = np.random.default_rng(seed)
+    names = [n for n in BLOCK_SITES if part != "weight" or not n.endswith(("qk", "av"))]
+    widths = np.array(candidates)
+    kl = {n: tuple((np.exp(rng.standard_normal()) * 4.0**-widths).tolist()) for n in names}
+    tables: dict[str, dict[str, tuple]] = {}
+    for a, b in PAIRED if pairs else ():
+        if a in kl and b in kl:
+            both = np.add.outer(kl[a], kl[b]) + 0.2 * rng.standard_normal((len(widths),) * 2) * np.sqrt(
+                np.outer(kl[a], kl[b])
+            )
+            tables.setdefault(a, {})[b] = tuple(map(tuple, both.tolist()))
+    return Sensitivity(part, None, candidates, 8, 0.0, kl, candidates if pairs else (), tables)
+
+
+def layer_widths(allocation: BitAllocation, names: list[str]) -> list[tuple[int, int]]:
+    """(weight bits or 0, activation bits) of each site; a layer has one width."""
+    assert all(len(set(allocation.sites[n].weight.bits)) == 1 for n in names if allocation.sites[n].weight)
+    return [(s.weight.bits[0] if s.weight else 0, s.activation) for s in (allocation.sites[n] for n in names)]
+
+
+def importance_of(strategy: str, scores: Relevance) -> dict[str, float]:
+    """What a strategy multiplies a site's sensitivity by, by its definition."""
+    if strategy in ("sensitivity", "greedy"):
+        return dict.fromkeys(BLOCK_SITES, 1.0)
+    if strategy == "mix-qvit":
+        mean = np.mean([abs(scores.mean_score[n]) for n in BLOCK_SITES])
+        return {n: abs(scores.mean_score[n]) / mean for n in BLOCK_SITES}
+    other = {
+        n: n.replace("blocks.0", "x").replace("blocks.1", "blocks.0").replace("x", "blocks.1") for n in BLOCK_SITES
+    }
+    return {n: 2 * scores.flow[n] / (scores.flow[n] + scores.flow[other[n]]) for n in BLOCK_SITES}
+
+
+def objective(
+    allocation: BitAllocation, strategy: str, scores: Relevance, measured: Sensitivity, exponent: float
+) -> float:
+    omega = importance_of(strategy, scores)
+    place = {n: measured.candidates.index(allocation.sites[n].weight.bits[0]) for n in measured.kl}
+    total = sum(omega[n] ** exponent * measured.costs()[n][place[n]] for n in measured.kl)
+    if strategy == "mix-qvit":
+        total += sum(t[place[a], place[b]] for (a, b), t in measured.interactions().items())
+    return total
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("strategy", ["sensitivity", "combined", "mix-qvit"])
+def test_a_strategy_of_layers_costs_least_by_its_own_definition(
+    strategy: str, exponent: float, model: nn.Module, sites: tuple, chefer: Relevance
+) -> None:
+    """Brute force over all widths of the eight linears."""
+    measured = sensitivity_of("weight", seed=3, candidates=(2, 4, 6))
+    found = allocate(
+        model, chefer, Budget(mean_weight_bits=3.5), strategy=strategy, sensitivity=measured, exponent=exponent
+    )
+    names = list(measured.kl)
+    size = {s.name: s.rows * s.cols for s in sites}
+    omega, costs = importance_of(strategy, chefer), measured.costs()
+    picks = np.indices((3,) * 8).reshape(8, -1)
+    fits = sum(size[n] * np.array([2, 4, 6])[picks[i]] for i, n in enumerate(names)) <= 3.5 * sum(
+        size[n] for n in names
+    )
+    value = sum(omega[n] ** exponent * costs[n][picks[i]] for i, n in enumerate(names))
+    if strategy == "mix-qvit":
+        for (a, b), table in measured.interactions().items():
+            value = value + table[picks[names.index(a)], picks[names.index(b)]]
+    assert objective(found, strategy, chefer, measured, exponent) == pytest.approx(value[fits].min(), rel=1e-9)
+    assert found.solver["objective"] == pytest.approx(value[fits].min(), rel=1e-9)
+    assert found.solver["strategy"] == strategy
+    assert {w for w, _ in layer_widths(found, names)} <= {2, 4, 6}
+
+
+def test_greedy_is_of_the_sensitivity_and_never_better(model: nn.Module, sites: tuple) -> None:
+    for seed in range(5):
+        measured, budget = sensitivity_of("weight", seed), Budget(mean_weight_bits=3.4)
+        exact, greedy = (
+            allocate(model, None, budget, strategy=s, sensitivity=measured) for s in ("sensitivity", "greedy")
+        )
+        assert greedy.mean_weight_bits(sites) <= 3.4
+        assert greedy.solver["status"] == "greedy"
+        assert greedy.solver["objective"] >= exact.solver["objective"] * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["lrp-qvit", "sensitivity", "combined", "mix-qvit", "greedy"])
+def test_tied_widths_are_those_of_weights_and_activations(
+    strategy: str, model: nn.Module, sites: tuple, chefer: Relevance
+) -> None:
+    arguments = {"sensitivity": sensitivity_of("both"), "candidates": (2, 3, 4, 6), "tied": True}
+    found = allocate(
+        model, chefer, Budget(mean_weight_bits=3.6, mean_activation_bits=4), strategy=strategy, **arguments
+    )
+    widths = layer_widths(found, BLOCK_SITES)
+    assert all(w in (0, a) for w, a in widths)
+    assert len({a for _, a in widths}) > 1
+    assert found.mean_weight_bits(sites) <= 3.6
+    macs = {s.name: s.macs for s in sites if s.in_block}
+    assert sum(macs[n] * a for n, (_, a) in zip(BLOCK_SITES, widths, strict=True)) <= 4 * sum(macs.values())
+
+
+@pytest.mark.parametrize("strategy", ["relevance", "random", "lrp-qvit", "sensitivity", "combined"])
+def test_activation_widths_of_their_own(strategy: str, model: nn.Module, sites: tuple, scores: Relevance) -> None:
+    given = [sensitivity_of("weight"), sensitivity_of("activation", 1)]
+    arguments = {"strategy": strategy, "sensitivity": given, "candidates": (2, 3, 4, 6)}
+    found = allocate(model, scores, Budget(mean_weight_bits=3.5, mean_activation_bits=4), **arguments)
+    fixed = allocate(model, scores, Budget(mean_weight_bits=3.5), **arguments)
+    assert {n: s.weight for n, s in found.sites.items()} == {n: s.weight for n, s in fixed.sites.items()}
+    widths = {n: found.sites[n].activation for n in BLOCK_SITES}
+    macs = {s.name: s.macs for s in sites if s.in_block}
+    assert sum(macs[n] * a for n, a in widths.items()) <= 4 * sum(macs.values())
+    assert len(set(widths.values())) > 1
+    chosen = allocate(model, scores, Budget(mean_weight_bits=3.5), activation_candidates=(4, 6), **arguments)
+    assert {chosen.sites[n].activation for n in BLOCK_SITES} == {6}  # nothing keeps them down
+
+
+def test_fisher_takes_the_same_path_as_relevance(model: nn.Module, scores: Relevance) -> None:
+    class Fisher:  # until vitq.relevance has the method
+        method, flow, row_flow = "fisher", scores.flow, scores.row_flow
+
+    budget = Budget(mean_weight_bits=3)
+    assert allocate(model, Fisher(), budget, strategy="fisher").sites == allocate(model, scores, budget).sites
+    with pytest.raises(ValueError, match='"fisher" takes scores of method "fisher", got those of \'attnlrp\''):
+        allocate(model, scores, budget, strategy="fisher")
+
+
+@pytest.mark.parametrize("group_rows", [16, 32, 64])
+def test_groups_have_as_many_rows_as_asked(group_rows: int, model: nn.Module, scores: Relevance) -> None:
+    found = allocate(model, scores, Budget(mean_weight_bits=3.3), group_rows=group_rows)
+    mixed = [s.weight for s in found.sites.values() if s.weight and len(set(s.weight.bits)) > 1]
+    assert mixed
+    assert {w.group_rows for w in mixed} == {group_rows}
+
+
+def test_only_candidates_are_used(model: nn.Module, scores: Relevance, errors: dict) -> None:
+    found = allocate(model, scores, Budget(mean_weight_bits=3.3), images=IMAGES, candidates=(2, 5))
+    assert {b for n in errors for b in found.sites[n].weight.bits} == {2, 5}
+    every = allocate(model, scores, Budget(mean_weight_bits=3.3), images=IMAGES)
+    assert cost(every, scores, errors) < cost(found, scores, errors)
+    own = cost(found, scores, errors)
+    assert found.solver["objective"] == pytest.approx(own, rel=1e-6)  # each width has its own errors
+
+
+def test_a_budget_of_latency(model: nn.Module, sites: tuple, scores: Relevance) -> None:
+    times = KernelTimes(
+        tuple(
+            KernelTime(s.macs / 1e5 * (w or 4), a, w, site=s.name)
+            for s in sites
+            for w in (range(2, 9) if s.has_weight else (None,))
+            for a in (8,)
+        )
+    )
+    total = sum(times.us(s, 4 if s.has_weight and s.in_block else 8 if s.has_weight else None, 8) for s in sites)
+    for strategy in ("relevance", "lrp-qvit"):
+        found = allocate(model, scores, Budget(latency_ms=float(total) / 1000), strategy=strategy, times=times)
+        # Times grow by the width and the MACs: so do the mean bits, of rows that all see the same tokens.
+        assert 3.5 < found.mean_weight_bits(sites) < 4.5
+        assert found.solver["budget"] == {"latency_ms": float(total) / 1000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "sensitivity"}, "'sensitivity' needs the weight sensitivity .*`vitq score --sensitivity`.* none"),
+        ({"strategy": "greedy", "sensitivity": "both"}, r"needs the weight sensitivity .*; got \['both'\]"),
+        ({"strategy": "combined", "tied": True, "sensitivity": "weight"}, r"needs the both sensitivity .*\['weight'\]"),
+        (
+            {"strategy": "sensitivity", "activation_candidates": (4, 6), "sensitivity": "weight"},
+            "needs the activation sensitivity",
+        ),
+        ({"strategy": "mix-qvit", "sensitivity": "no pairs"}, '"mix-qvit" needs a sensitivity with pairs'),
+        (
+            {"strategy": "mix-qvit", "activation_candidates": (4, 6), "sensitivity": "separate"},
+            "activations must be fixed or tied",
+        ),
+        ({"strategy": "combined", "sensitivity": "weight", "candidates": (2, 5)}, r"\(2, 3, 4, 6\), got \(2, 5\)"),
+        (
+            {"strategy": "sensitivity", "sensitivity": "missing"},
+            "weight sensitivity must have every .* blocks.1.mlp.fc2",
+        ),
+        ({"strategy": "relevance", "scores": None}, "strategy 'relevance' needs scores"),
+        ({"strategy": "combined", "sensitivity": "weight", "scores": None}, "strategy 'combined' needs scores"),
+        ({"tied": True}, "tied widths need one width a layer: strategy must be one of lrp-qvit, .* got 'relevance'"),
+        (
+            {"activation_candidates": (4, 8), "budget": Budget(bitops=1e8)},
+            "activation widths chosen under bitops need one width a layer",
+        ),
+        ({"group_rows": 48}, "group_rows must divide 256, got 48"),
+        ({"candidates": (4, 2)}, r"candidates must be distinct widths, ascending, got \(4, 2\)"),
+        ({"budget": Budget(latency_ms=1)}, "latency_ms needs kernel times, got none"),
+    ],
+)
+def test_what_a_strategy_lacks_is_said_before_anything_is_measured(
+    arguments: dict, message: str, model: nn.Module, scores: Relevance
+) -> None:
+    whole, less = sensitivity_of("weight"), sensitivity_of("weight", pairs=False)
+    given = {
+        "weight": [whole],
+        "both": [sensitivity_of("both")],
+        "no pairs": [less],
+        "separate": [whole, sensitivity_of("activation")],
+        "missing": [replace(less, kl={n: v for n, v in less.kl.items() if n != "blocks.1.mlp.fc2"})],
+    }
+    arguments = {"scores": scores, "budget": Budget(mean_weight_bits=4)} | arguments
+    arguments["sensitivity"] = given.get(arguments.get("sensitivity", ""), [])
+
+    def measured(done: int, total: int) -> None:
+        raise AssertionError("something was measured")
+
+    with pytest.raises(ValueError, match=message):
+        allocate(model, progress=measured, **arguments)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
