@@ -6,14 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.models import vit_config, vit_sites
-from vitq_kernels.presets import adalog, dopq_vit, fq_vit, is_vit, lrp_qvit, mix_qvit, noisyquant, ptq4vit, repq_vit
+from vitq_kernels.presets import (
+    adalog,
+    dopq_vit,
+    fq_vit,
+    is_vit,
+    lrp_qvit,
+    mix_qvit,
+    mptq_vit,
+    noisyquant,
+    ptq4vit,
+    repq_vit,
+)
 from vitq_kernels.presets.preset import Preset, Progress, Simulation, Widths
 from vitq_kernels.simulation import simulated
 from vitq_kernels.spec import BitAllocation, RowGroups, Site, SiteBits, check_bits
 
 __all__ = ["PRESETS", "Preset", "Simulation", "Widths", "simulate"]
 
-_METHODS = (adalog, fq_vit, noisyquant, ptq4vit, repq_vit, lrp_qvit, mix_qvit, is_vit, dopq_vit)
+_METHODS = (adalog, fq_vit, mptq_vit, noisyquant, ptq4vit, repq_vit, lrp_qvit, mix_qvit, is_vit, dopq_vit)
 PRESETS: dict[str, Preset] = {method.PRESET.name: method.PRESET for method in _METHODS}
 
 
