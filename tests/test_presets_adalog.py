@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tests.numerics import uniform
 from vitq_kernels.presets import adalog, simulate
 from vitq_kernels.presets.affine_search import search_channels, search_heads, search_rows, search_tensor
+from vitq_kernels.presets.file import load, save
 from vitq_kernels.presets.output_error import ProductError, in_chunks
 from vitq_kernels.presets.progressive_search import Grid, progressive_search, uniform_grid
 
@@ -257,3 +259,11 @@ def test_all_tokens_and_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = variant_vit("class-token"), variant_images(count=4)
     monkeypatch.setattr(adalog, "EFFORT", replace(adalog.PUBLISHED, steps=2))
     assert sqnr_db(simulate(model, images, "adalog", 6, 6)(images), model(images)) > 8
+
+
+@pytest.mark.parametrize("variant", ["class-token", "no-qkv-bias"])
+def test_a_file_brings_the_same_model_back(quick: None, variant: str, tmp_path: Path) -> None:
+    images = variant_images(variant, 4)
+    result = simulate(variant_vit(variant), images, "adalog", 4, 4)
+    save(result, tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors")(images), result(images))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from small_vits import sqnr_db, variant_images, variant_vit
@@ -10,6 +12,7 @@ from torch import Tensor
 from tests.numerics import uniform
 from vitq_kernels.models import vit_sites
 from vitq_kernels.presets import gradients, ptq4vit, published_widths, simulate
+from vitq_kernels.presets.file import load, save
 from vitq_kernels.presets.output_error import ProductError
 from vitq_kernels.presets.preset import Widths
 from vitq_kernels.presets.twin_quantizers import TwinSign, TwinSoftmax
@@ -218,3 +221,11 @@ def test_a_seed_gives_the_same_model(quick: None) -> None:
     one, two, other = (simulate(model, images, "ptq4vit", 4, 4, seed=s)(images) for s in (0, 0, 1))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("variant", ["class-token", "no-qkv-bias"])
+def test_a_file_brings_the_same_model_back(quick: None, variant: str, tmp_path: Path) -> None:
+    images = variant_images(variant, 4)
+    result = simulate(variant_vit(variant), images, "ptq4vit", 4, 4)
+    save(result, tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors")(images), result(images))
