@@ -257,7 +257,7 @@ def test_sulq_searches_with_one_code_less_than_it_has(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_steepness_is_of_least_output_error(bits: int) -> None:
-    x, value = probabilities(9.0), uniform(-1, 1, (4, 2, 17, 8), 4)
+    x, value = probabilities(9.0), uniform(0.8, 1.2, (4, 2, 17, 8), 4)  # a common part: what a row loses in sum counts
     errors = [(((dopq_vit.tangent(x, bits, s)(x) - x) @ value) ** 2).sum().item() for s in dopq_vit.STEEPNESSES]
     best = dopq_vit.best_steepness(x, value, bits)
     assert errors[dopq_vit.STEEPNESSES.index(best)] == min(errors)

@@ -28,9 +28,11 @@ class Clipping:
     exponent: float  # how far a channel's scale follows its range: 1 is RepQ-ViT
 
 
+# Percentiles below .999 have the least output error in every layer of ViT-Tiny at W4A4 (.995 in all 24), and the model
+# is worse for it: KL on 32 other calibration images 2.84 for RepQ-ViT, 2.90 at .999, 3.38 at .995, 4.41 at .99.
 CLIPPINGS = tuple(
     Clipping(p, cap, exponent)
-    for p, cap, exponent in product((0.9999, 0.999, 0.995, 0.99, 1.0), (float("inf"), 16.0, 8.0), (1.0, 0.75, 0.5))
+    for p, cap, exponent in product((0.9999, 0.999, 1.0), (float("inf"), 16.0, 8.0), (1.0, 0.75, 0.5))
 )
 
 
@@ -90,7 +92,8 @@ COMPLETED = (
     "the paper's text could not be read: no formula of the clipping and no code were found (methods.md 0)",
     (
         "clipping (derived, methods.md 1.4): percentile, cap of the scales and exponent of a layer by the squared "
-        "error of its output with activations and weights quantized, on 1024 calibration tokens"
+        "error of its output with activations and weights quantized, on 1024 calibration tokens; percentiles from .999 "
+        "on, since smaller ones, though better by that error, made the model worse"
     ),
     "everything else is RepQ-ViT, which the paper extends; number of calibration images taken from it",
     (
