@@ -385,7 +385,7 @@ def test_an_existing_file_outlives_a_full_disk(
 
     out = tmp_path / "precious"
     out.write_bytes(b"precious")
-    monkeypatch.setattr("vitq_kernels.checkpoint.save_file", fail)
+    monkeypatch.setattr("vitq_kernels.tensor_file.save_file", fail)
     monkeypatch.setattr(Path, "write_text", fail)
     command = f"{verb} vitq_test_tiny {FLOAT.format(work=work)} --calibration {work}/flat -o {out}"
     refused(command + (" --weight-bits 8" if verb == "quantize" else ""), "No space left on device")

@@ -13,7 +13,7 @@ from vitq_kernels import cli_options as options
 from vitq_kernels.cli_inputs import calibration_images, float_model
 from vitq_kernels.cli_output import Bar, finish, wrote
 from vitq_kernels.files import write_text
-from vitq_kernels.relevance import Method, Tokens
+from vitq_kernels.relevance import Method
 from vitq_kernels.sensitivity import Part
 from vitq_kernels.sensitivity_runs import sensitivity as measure
 from vitq_kernels.spec import MAX_BITS, MIN_BITS
@@ -31,7 +31,8 @@ def score(
         str, typer.Option(callback=options.one_of(get_args(Method)), help="rules of LRP: attnlrp or chefer")
     ] = "attnlrp",
     tokens: Annotated[
-        str, typer.Option(callback=options.one_of(get_args(Tokens)), help="tokens that count: all, image, class")
+        str,
+        typer.Option(callback=options.one_of(("all", "image", "class")), help="tokens that count: all, image, class"),
     ] = "all",
     sensitivity: Annotated[
         str | None,
