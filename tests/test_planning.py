@@ -377,6 +377,12 @@ def test_tied_widths_are_those_of_weights_and_activations(
     assert sum(macs[n] * a for n, (_, a) in zip(BLOCK_SITES, widths, strict=True)) <= 4 * sum(macs.values())
 
 
+def test_a_tied_site_of_lrp_qvit_is_scored_once(model: nn.Module, chefer: Relevance) -> None:
+    found = allocate(model, chefer, Budget(mean_weight_bits=4), strategy="lrp-qvit", tied=True)
+    expected = sum(abs(chefer.mean_score[n]) * 4.0 ** -found.sites[n].activation for n in BLOCK_SITES)
+    assert found.solver["objective"] == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("strategy", ["relevance", "random", "lrp-qvit", "sensitivity", "combined"])
 def test_activation_widths_of_their_own(strategy: str, model: nn.Module, sites: tuple, scores: Relevance) -> None:
     given = [sensitivity_of("weight"), sensitivity_of("activation", 1)]
