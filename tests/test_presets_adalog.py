@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.numerics import uniform
 from vitq_kernels.presets import adalog, simulate
-from vitq_kernels.presets.affine_search import search_channels, search_heads, search_rows, search_tensor
+from vitq_kernels.presets.affine_search import search_channels, search_heads, search_rows, search_tensor, tensor_grid
 from vitq_kernels.presets.file import load, save
 from vitq_kernels.presets.output_error import ProductError, in_chunks
 from vitq_kernels.presets.progressive_search import Grid, progressive_search, uniform_grid
@@ -167,10 +167,10 @@ def test_groups_have_scales_of_their_own(part: str) -> None:
         assert (found.scale[1:] > 3 * found.scale[:-1]).all()
     elif part == "channels":
         columns = x.transpose(1, 3).flatten(0, 2)
-        found = search_channels(columns, 4, 2)
+        found = search_channels(columns, torch.ones(len(columns)), 4, 2)
         assert (found.scale[1:] > 3 * found.scale[:-1]).all()
     else:
-        found = search_tensor(x.flatten(0, 2), 4, None, 2)
+        found = search_tensor(x.flatten(0, 2), torch.ones(60), 4, None, tensor_grid(x.flatten(0, 2), 4), 2)
         assert found.scale.shape == ()
     assert found.levels == 16
     assert torch.equal(found.zero_point, found.zero_point.round())
@@ -192,7 +192,7 @@ def test_gelus_search_beats_the_start() -> None:
     low, high = adalog.gelu_ends(x)
     assert float(low) < float(high) == float(x.max() + adalog.GELU_SHIFT)
     start = adalog.AdaLog(high, 3, 37, adalog.GELU_SHIFT)
-    found = adalog.search_gelu(x, 3, ProductError(x, weight, weight), start, 4)
+    found = adalog.search_gelu(x, torch.ones(60), 3, ProductError(x, weight, weight), (low, high), start, 4)
     grid = [adalog.AdaLog(s, 3, b, adalog.GELU_SHIFT) for s in torch.linspace(low, high, 16) for b in range(10, 138)]
 
     def error(quantizer: adalog.AdaLog) -> float:

@@ -54,7 +54,7 @@ def test_smoothing_leaves_the_float_function_alone(bias: bool) -> None:
 
 def test_a_scale_is_the_best_multiple() -> None:
     x = uniform(-1, 1, (200,), 1).pow(5)
-    quantizer, error = mptq_vit.closest(x, lambda s: signed(s, 3), x.abs().max() / 3.5)
+    quantizer, error = mptq_vit.closest(x, torch.ones(200), lambda s: signed(s, 3), x.abs().max() / 3.5)
     scales = [float(x.abs().max()) / 3.5 * (0.01 + 0.0119 * i) for i in range(100)]
     tries = [sum((min(max(round(v / s), -4), 3) * s - v) ** 2 for v in x.tolist()) for s in scales]
     assert error == pytest.approx(min(tries), rel=1e-5)
@@ -66,7 +66,7 @@ def test_the_ratio_of_the_regions_is_found(exponent: int) -> None:
     """Numbers that lie on the codes of one ratio: no other ratio has no error."""
     scale, negative = 0.5, 0.5 / 2**exponent
     x = torch.cat([torch.arange(0, 8) * scale, -torch.arange(1, 9) * negative])
-    found = mptq_vit.opt_m(x, 4)
+    found = mptq_vit.opt_m(x, torch.ones(len(x)), 4)
     assert float(found.scale / found.negative_scale) == 2**exponent
 
 

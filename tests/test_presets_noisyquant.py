@@ -43,7 +43,7 @@ def test_it_rounds_with_the_noise(bits: int) -> None:
 
 def test_the_clip_is_the_best_of_the_grid(quick: None) -> None:
     x, weight = uniform(-1, 1, (30, 5), 1).pow(3), uniform(-1, 1, (7, 5), 2)
-    found = noisyquant.search_clip(x, ProductError(x, weight, weight), x.abs().max(), 3)
+    found = noisyquant.search_clip(x, torch.ones(30), ProductError(x, weight, weight), x.abs().max(), 3)
     scales = [float(x.abs().max()) * i / 40 / 3 for i in range(40, 0, -1)]
     errors = [float((((x / s).round().clamp(-3, 3) * s - x) @ weight.T).square().sum()) for s in scales]
     assert float(found) == pytest.approx(scales[errors.index(min(errors))])
@@ -60,7 +60,7 @@ def test_the_noise_is_the_best_of_the_grid(quick: None) -> None:
     means = [torch.full((5,), 0.4 * i / 5) for i in range(-5, 5)]
     mean = min(means, key=error)
     tries = [mean + drawn * i / 10 for i in range(20)]
-    found = noisyquant.search_noise(x, ProductError(x, weight, weight), scale, drawn, 3)
+    found = noisyquant.search_noise(x, torch.ones(30), ProductError(x, weight, weight), scale, drawn, 3)
     assert error(found) == pytest.approx(min(map(error, tries)), rel=1e-5)
     assert error(found) <= error(mean) <= error(torch.zeros(5))
 

@@ -163,10 +163,11 @@ def test_importance_is_the_squared_gradient(place: str, monkeypatch: pytest.Monk
         return -logits.log_softmax(-1)[:, 3].sum()
 
     monkeypatch.setattr(gradients, "own_prediction_loss", third_label)
-    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
     copy, images, step = simulated(variant_vit("class-token").double()), variant_images(count=2).double(), 1e-6
     widths = Widths(published_widths(vit_sites(variant_vit("class-token")), 4, 4))
-    linears, scores, outputs = gradients.observe(copy, widths, [images], torch.Generator(), 10_000)
+    linears, scores, outputs = gradients.observe(
+        copy, widths, [images], torch.Generator(), tokens=10_000, attention_images=2
+    )
     attention, base = copy.blocks[0].attn, third_label(copy(images))
 
     def add(index: tuple[int, ...]) -> object:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.presets.affine_search import search_channels, search_heads, search_rows, search_tensor
+from vitq_kernels.presets.affine_search import search_channels, search_heads, search_rows, search_tensor, tensor_grid
 from vitq_kernels.presets.float_stream import MATMUL_PARTS, linears_and_matmuls, parts_of
 from vitq_kernels.presets.output_error import ProductError, in_chunks
 from vitq_kernels.presets.preset import Preset, Progress, Widths
 from vitq_kernels.presets.progressive_search import Grid, progressive_search
 from vitq_kernels.presets.quantizers import FakeQuantizer
 from vitq_kernels.presets.reparameterization import fold_channel_scales
+from vitq_kernels.presets.token_sample import sample_tokens
 
 DENOMINATOR = 37  # of the exponent's step, base / 37 octaves
 FIRST_BASE = 10
@@ -29,8 +30,7 @@ class Effort:
     """What the search costs.
 
     ``EFFORT`` is what runs here. On four linears of ViT-Tiny at W4A4, 6 steps or 3 rounds changed the output error by
-    less than 1 %, and 1024 tokens by no more than another draw of 256 does (1 %; fc2 of block 7, whose outliers are
-    rare, .018 to .023).
+    less than 1 %.
     """
 
     steps: int  # of FPCS
@@ -112,22 +112,39 @@ def search_base(x: Tensor, bits: int, product: ProductError) -> AdaLog:
     return AdaLog(torch.ones((), device=x.device), bits, int(bases[best]))
 
 
-def search_gelu(x: Tensor, bits: int, product: ProductError, before: AdaLog, steps: int) -> AdaLog:
-    """Scale and base after GELU, x [T, K]: the best bases at the scale before, then FPCS over pairs."""
+def search_gelu(
+    x: Tensor,
+    weights: Tensor,
+    bits: int,
+    product: ProductError,
+    ends: tuple[Tensor, Tensor],
+    before: AdaLog,
+    steps: int,
+) -> AdaLog:
+    """Scale and base after GELU: the best bases at the scale before, then FPCS over pairs.
+
+    Args:
+        x: float [T, K], some tokens.
+        weights: how often each counts, [T].
+        bits: of the codes.
+        product: of x with the rounded weight.
+        ends: between which scales are looked for.
+        before: the quantizer so far.
+        steps: of FPCS.
+    """
     logarithm = (x + GELU_SHIFT).clamp_min(torch.finfo(x.dtype).tiny).log2()[None]
 
     def errors(scale: Tensor, base: Tensor) -> Tensor:
         scaled = (logarithm - scale[..., None].log2()).clamp(math.log2(SMALLEST), 0.0)
         values = _levels_of(scaled, bits, base[:, 0]) * scale[..., None] - GELU_SHIFT
-        return product(values).sum(-1, keepdim=True)
+        return (product(values) @ weights)[:, None]
 
     def chunked(scale: Tensor, base: Tensor) -> Tensor:
         return in_chunks(errors, x.numel(), scale, base)
 
     bases = torch.arange(FIRST_BASE, FIRST_BASE + BASES, device=x.device)[:, None]
     kept = chunked(before.scale.expand(BASES, 1), bases).topk(KEPT_BASES, dim=0, largest=False).indices
-    low, high = gelu_ends(x)
-    scales = torch.lerp(low, high, torch.linspace(0, 1, SCALES, device=x.device))[:, None]
+    scales = torch.lerp(*ends, torch.linspace(0, 1, SCALES, device=x.device))[:, None]
     grid = Grid(scales.repeat(KEPT_BASES, 1), bases[kept[:, 0]].repeat_interleave(SCALES, 0), scales[1] - scales[0])
     scale, base = progressive_search(grid, chunked, kept=KEPT_PAIRS, refined=BASES // KEPT_PAIRS, steps=steps)
     return AdaLog(scale[0], bits, int(base), GELU_SHIFT)
@@ -152,25 +169,24 @@ class _Search:
     quantizers: dict[str, nn.Module] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def _sample(self, x: Tensor) -> Tensor:
-        chosen = torch.randperm(len(x), generator=self.generator)[: self.effort.tokens]
-        return x[chosen.to(x.device)]
-
     def linear(self, name: str, x: Tensor) -> None:
         """A linear with affine input codes of the tensor; x [T, K]."""
         weight, steps = self.model.get_submodule(name).weight, self.effort.steps
-        rows, sample = weight.flatten(1), self._sample(x)
+        rows, some = weight.flatten(1), sample_tokens(x, self.effort.tokens, self.generator)
+        sample, grid = x[some.rows], tensor_grid(x, self.widths.activation(name))
         row_bits, bits = self.widths.weight(name).to(x.device), self.widths.activation(name)
-        quantizer = search_tensor(sample, bits, None, steps)
+        quantizer = search_tensor(sample, some.weights, bits, None, grid, steps)
         for _ in range(self.effort.rounds):
             rounded = search_rows(rows, row_bits, ProductError(rows, x, quantizer(x)), steps)
-            quantizer = search_tensor(sample, bits, ProductError(sample, rows, rounded), steps)
+            product = ProductError(sample, rows, rounded)
+            quantizer = search_tensor(sample, some.weights, bits, product, grid, steps)
         self.quantizers[f"{name}.input"], self.weights[name] = quantizer, rounded.view_as(weight)
 
     def after_norm(self, name: str, norm: str, x: Tensor) -> None:
         """A linear after a LayerNorm: channel scales into the norm, with rounded z~, then as any linear."""
         linear = self.model.get_submodule(name)
-        channels = search_channels(self._sample(x), self.widths.activation(name), self.effort.steps)
+        some = sample_tokens(x, self.effort.tokens, self.generator)
+        channels = search_channels(x[some.rows], some.weights, self.widths.activation(name), self.effort.steps)
         scale, zero = channels.scale.mean(), channels.zero_point.mean().round()
         fold_channel_scales(self.model.get_submodule(norm), linear, channels, scale, zero)
         linear.input = nn.Identity()
@@ -179,13 +195,14 @@ class _Search:
     def after_gelu(self, name: str, x: Tensor) -> None:
         """fc2, whose bias takes the shift back."""
         linear, steps = self.model.get_submodule(name), self.effort.steps
-        weight, sample = linear.weight, self._sample(x)
+        some = sample_tokens(x, self.effort.tokens, self.generator)
+        weight, sample, ends = linear.weight, x[some.rows], gelu_ends(x)
         row_bits, bits = self.widths.weight(name).to(x.device), self.widths.activation(name)
         rounded = search_rows(weight, row_bits, None, steps)
-        low, high = gelu_ends(sample)
-        quantizer = AdaLog(torch.lerp(low, high, (BASES - 2) / (BASES - 1)), bits, DENOMINATOR, GELU_SHIFT)
+        quantizer = AdaLog(torch.lerp(*ends, (BASES - 2) / (BASES - 1)), bits, DENOMINATOR, GELU_SHIFT)
         for _ in range(self.effort.rounds):
-            quantizer = search_gelu(sample, bits, ProductError(sample, weight, rounded), quantizer, steps)
+            product = ProductError(sample, weight, rounded)
+            quantizer = search_gelu(sample, some.weights, bits, product, ends, quantizer, steps)
             rounded = search_rows(weight, row_bits, ProductError(weight, x, quantizer(x) - GELU_SHIFT), steps)
         self.quantizers[f"{name}.input"], self.weights[name] = quantizer, rounded
 
@@ -252,7 +269,7 @@ PRESET = Preset(
     ),
     completed=(
         "calibration only: the optional AdaRound on 1024 images is left out",
-        "search reduced: 4 of FPCS's 6 steps, 1 of 3 rounds, output errors of activations on 512 random tokens",
+        "search reduced: 4 of FPCS's 6 steps, 1 of 3 rounds, errors of activations on 512 sampled tokens",
         "above 6 bits, which has no released setting: 32 zero points for weights",
         "reparameterization at any widths; the released code does it where weights are as wide as activations",
         "a channel or row of a single value has no scale in the paper; it is spanned with 0",

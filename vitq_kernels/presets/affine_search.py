@@ -58,25 +58,31 @@ def search_rows(weight: Tensor, row_bits: Tensor, product: ProductError | None, 
     return result
 
 
-def search_tensor(x: Tensor, bits: int, product: ProductError | None, steps: int) -> Uniform:
-    """The asymmetric codes of a whole tensor [T, K]."""
+def search_tensor(
+    x: Tensor, weights: Tensor, bits: int, product: ProductError | None, grid: Grid, steps: int
+) -> Uniform:
+    """The asymmetric codes of a whole tensor, of which x [T, K] are some tokens that count ``weights`` [T] times."""
 
     def errors(scale: Tensor, zero: Tensor) -> Tensor:
         candidates = fake_affine(x, scale, zero, bits)  # scale [p, 1] is that of every token
         rows = product(candidates) if product else (candidates - x).square().sum(-1)
-        return rows.sum(-1, keepdim=True)
+        return (rows @ weights)[:, None]
 
-    grid = uniform_grid(x.flatten()[None], bits, min(16, 1 << bits), CANDIDATES)
     scale, zero = _search(grid, errors, x.numel(), steps)
     return Uniform(scale[0], zero[0], 0, (1 << bits) - 1)
 
 
-def search_channels(x: Tensor, bits: int, steps: int) -> Uniform:
-    """Asymmetric codes of every channel of x [T, K], by the squared error of x itself."""
+def tensor_grid(x: Tensor, bits: int) -> Grid:
+    """Where ``search_tensor`` starts, from all tokens [T, K]."""
+    return uniform_grid(x.flatten()[None], bits, min(16, 1 << bits), CANDIDATES)
+
+
+def search_channels(x: Tensor, weights: Tensor, bits: int, steps: int) -> Uniform:
+    """Asymmetric codes of every channel of x [T, K], by the squared error of x itself, weighted [T]."""
     rows = x.mT.contiguous()
 
     def errors(scale: Tensor, zero: Tensor) -> Tensor:
-        return (fake_affine(rows, scale, zero, bits) - rows).square().sum(-1)
+        return (fake_affine(rows, scale, zero, bits) - rows).square_() @ weights
 
     grid = uniform_grid(rows, bits, min(16, 1 << bits), CANDIDATES)
     return Uniform(*_search(grid, errors, x.numel(), steps), 0, (1 << bits) - 1)

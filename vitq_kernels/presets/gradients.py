@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitq_kernels.presets.float_stream import MATMUL_PARTS, tokens_of
 from vitq_kernels.presets.preset import Widths
+from vitq_kernels.presets.token_sample import sample_tokens
 
 
 @dataclass
@@ -17,7 +18,7 @@ class LinearView:
     """A linear on some of its tokens; the extremes are over all."""
 
     x: Tensor  # [T, K]
-    importance: Tensor  # [T, N], squared gradients of its outputs
+    importance: Tensor  # [T, N], squared gradients of its outputs times the tokens that one stands for
     largest: Tensor  # [], largest magnitude
     highest: Tensor  # [], largest number
 
@@ -38,6 +39,7 @@ class _Seen:
     """What hooks collected of a place."""
 
     kept: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)  # of tokens
     gradients: list[Tensor] = field(default_factory=list)
     largest: list[Tensor] = field(default_factory=list)  # of each batch, per head where there are heads
     highest: list[Tensor] = field(default_factory=list)
@@ -55,7 +57,13 @@ def own_prediction_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def observe(
-    model: nn.Module, widths: Widths, batches: Sequence[Tensor], generator: torch.Generator, tokens: int
+    model: nn.Module,
+    widths: Widths,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    *,
+    tokens: int,
+    attention_images: int,
 ) -> tuple[dict[str, LinearView], dict[str, MatmulView], dict[str, MatmulView]]:
     """Runs a simulated model without quantizers forward and backward over the images.
 
@@ -64,7 +72,8 @@ def observe(
         widths: whose places are looked at.
         batches: calibration images.
         generator: draws labels and tokens.
-        tokens: kept of every linear (about) and of every attention (in whole images).
+        tokens: kept of every linear, about.
+        attention_images: kept of every attention.
 
     Returns:
         Linears by site; the scores ``q k^T`` and the outputs ``p v`` by attention, as ``blocks.0.attn``.
@@ -75,13 +84,15 @@ def observe(
     for place, view in list(seen.items()):
         site, _, part = place.rpartition(".")
         if part in MATMUL_PARTS:
-            hooks.append(model.get_submodule(place).register_forward_hook(_whole_images(view, tokens)))
+            hooks.append(model.get_submodule(place).register_forward_hook(_whole_images(view, attention_images)))
         else:
             hook = _some_tokens(view, tokens / images, generator)
             hooks.append(model.get_submodule(site).register_forward_hook(hook))
         if place.endswith("attn.proj.input"):
             seen[f"{site} out"] = _Seen()  # what leaves the second matmul enters proj
-            hooks.append(model.get_submodule(place).register_forward_hook(_whole_images(seen[f"{site} out"], tokens)))
+            hooks.append(
+                model.get_submodule(place).register_forward_hook(_whole_images(seen[f"{site} out"], attention_images))
+            )
     try:
         with torch.enable_grad():
             for batch in batches:
@@ -95,21 +106,24 @@ def observe(
 def _some_tokens(view: _Seen, an_image: float, generator: torch.Generator) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[Tensor], out: Tensor) -> None:
         x = arguments[0].detach()
-        flat, images = tokens_of(module, x), len(x)
-        rows = torch.randperm(len(flat), generator=generator)[: max(1, round(an_image * images))].to(x.device)
-        view.kept.append(flat[rows])
+        flat = tokens_of(module, x)
+        some = sample_tokens(flat, max(1, round(an_image * len(x))), generator)
+        view.kept.append(flat[some.rows])
+        view.weights.append(some.weights)
         view.largest.append(x.abs().max())
         view.highest.append(x.max())
         of_patches = out.dim() == 4
-        out.register_hook(lambda g: view.gradients.append((g.flatten(2).mT if of_patches else g).flatten(0, -2)[rows]))
+        out.register_hook(
+            lambda g: view.gradients.append((g.flatten(2).mT if of_patches else g).flatten(0, -2)[some.rows])
+        )
 
     return hook
 
 
-def _whole_images(view: _Seen, tokens: int) -> Callable[..., None]:
+def _whole_images(view: _Seen, images: int) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[Tensor], out: Tensor) -> None:
         x = arguments[0].detach()
-        wanted = -(-tokens // x.shape[-2]) - sum(len(t) for t in view.kept)
+        wanted = images - sum(len(t) for t in view.kept)
         view.largest.append(x.abs().amax([d for d in range(x.dim()) if d != 1]))
         if wanted > 0:
             view.kept.append(x[:wanted])
@@ -124,7 +138,7 @@ def _views(
     linears, scores, outputs = {}, {}, {}
     for site in widths.linears:
         view = seen[f"{site}.input"]
-        importance = torch.cat(view.gradients).square()
+        importance = torch.cat(view.gradients).square() * torch.cat(view.weights)[:, None]
         linears[site] = LinearView(
             torch.cat(view.kept), importance, torch.stack(view.largest).max(), torch.stack(view.highest).max()
         )

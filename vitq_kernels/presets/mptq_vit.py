@@ -15,6 +15,7 @@ from vitq_kernels.presets.ptq4vit import best_multiple, search_weight, signed
 from vitq_kernels.presets.quantizers import FakeQuantizer, Uniform
 from vitq_kernels.presets.ranges import SCALE_FLOOR
 from vitq_kernels.presets.reparameterization import fold_channel_scales
+from vitq_kernels.presets.token_sample import sample_tokens
 from vitq_kernels.presets.twin_quantizers import TwinSign
 
 MIGRATION = 0.5  # SmoothQuant's alpha
@@ -65,20 +66,20 @@ def smoothed(linear: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return (x - middle) / factor
 
 
-def closest(x: Tensor, make: Callable[[Tensor], nn.Module], widest: Tensor) -> tuple[nn.Module, float]:
-    """The quantizer whose scale, a multiple of ``widest`` [], changes x [N] least, and its squared error."""
+def closest(x: Tensor, weights: Tensor, make: Callable[[Tensor], nn.Module], widest: Tensor) -> tuple[nn.Module, float]:
+    """The quantizer whose scale, a multiple of ``widest`` [], changes x [N] least, and its weighted squared error."""
 
     def errors(scale: Tensor) -> Tensor:
-        return (make(scale)(x) - x).square().sum(-1, keepdim=True)
+        return ((make(scale)(x) - x).square() @ weights)[:, None]
 
     scale = best_multiple(widest.clamp_min(SCALE_FLOOR).view(1), errors, x.numel())
     return make(scale[0]), float(errors(scale[:, None]))
 
 
-def opt_m(x: Tensor, bits: int) -> TwinSign:
-    """The regions after GELU: the negative scale is ``2^-m`` of the positive one; both by squared error of x [N]."""
+def opt_m(x: Tensor, weights: Tensor, bits: int) -> TwinSign:
+    """The regions after GELU: the negative scale is ``2^-m`` of the positive one; both by squared error."""
     widest = x.max() / ((1 << (bits - 1)) - 1)
-    found = [closest(x, lambda s, m=m: TwinSign(s, s * 2.0**-m, bits), widest) for m in RATIOS]
+    found = [closest(x, weights, lambda s, m=m: TwinSign(s, s * 2.0**-m, bits), widest) for m in RATIOS]
     return min(found, key=lambda pair: pair[1])[0]
 
 
@@ -96,11 +97,12 @@ def apply(
     quantizers: dict[str, nn.Module] = {}
     weights: dict[str, Tensor] = {}
 
-    def some(x: Tensor) -> Tensor:
-        return x.flatten()[torch.randint(x.numel(), (min(x.numel(), ELEMENTS),), generator=generator).to(x.device)]
+    def some(x: Tensor) -> tuple[Tensor, Tensor]:
+        sample = sample_tokens(x.reshape(-1, 1), ELEMENTS, generator)
+        return x.flatten()[sample.rows], sample.weights
 
     def symmetric(x: Tensor, bits: int) -> nn.Module:
-        return closest(some(x), partial(signed, bits=bits), x.abs().max() / ((1 << (bits - 1)) - 0.5))[0]
+        return closest(*some(x), partial(signed, bits=bits), x.abs().max() / ((1 << (bits - 1)) - 0.5))[0]
 
     for done, site, seen in linears_and_matmuls(model, widths, batches):
         if "query" in seen:
@@ -113,7 +115,7 @@ def apply(
             if site in widths.post_norms:
                 x = smoothed(linear, model.get_submodule(widths.post_norms[site]), x)
             gelu = site.endswith("mlp.fc2")
-            quantizer = opt_m(torch.cat([some(x), x.max().view(1)]), bits) if gelu else symmetric(x, bits)
+            quantizer = opt_m(*some(x), bits) if gelu else symmetric(x, bits)
             rows, row_bits = linear.weight.flatten(1), widths.weight(site).to(x.device)
             product = ProductError(rows, x, quantizer(x))
             rounded = search_weight(rows, torch.arange(len(rows), device=x.device), row_bits, product)

@@ -13,6 +13,7 @@ from vitq_kernels.presets.output_error import ProductError, in_chunks
 from vitq_kernels.presets.preset import Preset, Progress, Widths
 from vitq_kernels.presets.quantizers import FakeQuantizer, Uniform
 from vitq_kernels.presets.ranges import SCALE_FLOOR
+from vitq_kernels.presets.token_sample import sample_tokens
 from vitq_kernels.presets.weights import symmetric_rows
 
 CLIPS = 200  # fractions of the absolute maximum
@@ -52,24 +53,25 @@ def least(errors: Callable[[Tensor], Tensor], candidates: Tensor, elements: int)
     return candidates[in_chunks(errors, elements, candidates).argmin()]
 
 
-def search_clip(x: Tensor, product: ProductError, largest: Tensor, bits: int) -> Tensor:
-    """The scale [] of symmetric codes whose clipping point gives the least output error; x [T, K]."""
+def search_clip(x: Tensor, weights: Tensor, product: ProductError, largest: Tensor, bits: int) -> Tensor:
+    """The scale [] of symmetric codes whose clipping point gives the least output error; x [T, K], weights [T]."""
     half = 1 << (bits - 1)
 
     def errors(scale: Tensor) -> Tensor:
         scale = scale[:, None, None]
         codes = (x / scale).round_().clamp_(1 - half, half - 1)  # the search of the released code clips evenly
-        return product(codes.mul_(scale)).sum(-1)
+        return product(codes.mul_(scale)) @ weights
 
     fractions = torch.arange(CLIPS, 0, -1, device=x.device) / CLIPS
     return least(errors, fractions * (largest / (half - 1)).clamp_min(SCALE_FLOOR), x.numel())
 
 
-def search_noise(x: Tensor, product: ProductError, scale: Tensor, drawn: Tensor, bits: int) -> Tensor:
+def search_noise(x: Tensor, weights: Tensor, product: ProductError, scale: Tensor, drawn: Tensor, bits: int) -> Tensor:
     """The noise [K] of least output error: first one shift for all channels, then a multiple of the drawn noise on it.
 
     Args:
-        x: float [T, K].
+        x: float [T, K], some tokens.
+        weights: how often each counts, [T].
         product: of x with the rounded weight.
         scale: of the codes, [].
         drawn: normal numbers of mean -1 and deviation 2, times the scale, [K].
@@ -78,7 +80,7 @@ def search_noise(x: Tensor, product: ProductError, scale: Tensor, drawn: Tensor,
 
     def errors(noise: Tensor) -> Tensor:
         noise = noise[:, None]
-        return product(NoisyUniform(scale, noise, bits)(x) - noise).sum(-1)
+        return product(NoisyUniform(scale, noise, bits)(x) - noise) @ weights
 
     means = torch.arange(-MEANS // 2, MEANS // 2, device=x.device)[:, None] * (2 / MEANS) * scale
     mean = least(errors, means.expand(-1, x.shape[-1]), x.numel())
@@ -101,10 +103,10 @@ def apply(
         linear.weight = symmetric_rows(linear.weight, widths.weight(name))
     scales: dict[str, Tensor] = {}
 
-    def sampled(name: str, x: Tensor) -> tuple[Tensor, ProductError]:
+    def sampled(name: str, x: Tensor) -> tuple[Tensor, Tensor, ProductError]:
         flat, weight = x.flatten(0, -2), model.get_submodule(name).weight
-        rows = torch.randperm(len(flat), generator=generator)[:TOKENS].to(x.device)
-        return flat[rows], ProductError(flat[rows], weight, weight)
+        some = sample_tokens(flat, TOKENS, generator)
+        return flat[some.rows], some.weights, ProductError(flat[some.rows], weight, weight)
 
     def clipped(x: Tensor, name: str) -> nn.Module:
         bits = widths.activation(name)
@@ -145,7 +147,7 @@ PRESET = Preset(
         "float matmul; the noise itself folds into LayerNorm, GELU's codes and biases"
     ),
     completed=(
-        "search reduced: 200 of 1000 clips, 80 of 400 shifts, 400 of 2000 strengths, errors on 512 random tokens",
+        "search reduced: 200 of 1000 clips, 80 of 400 shifts, 400 of 2000 strengths, errors on 512 sampled tokens",
         "noise as the released code draws it (normal, mean -1, deviation 2, in scales); the paper has it uniform",
     ),
 )

@@ -12,15 +12,15 @@ CHUNK_ELEMENTS = 1 << 20  # of candidates held at once, 4 MiB: they stay in a co
 
 
 class ProductError:
-    """``sum_n weight * (a^ b^T - a b^T)^2`` of candidates a^ for a, while b is quantized as it stands now.
+    """``sum_n importance * (a^ b^T - a b^T)^2`` of candidates a^ for a, while b is quantized as it stands now.
 
     It is ``(a^ - a) b_q^T + a (b_q - b)^T`` squared; the second term does not depend on the candidate. Where b has more
-    rows than columns and nothing is weighted, the triangle of ``b_q = Q R`` stands for b_q: that changes the sum by a
+    rows than columns and nothing has an importance, the triangle of ``b_q = Q R`` stands for b_q: that changes the sum by a
     constant.
     """
 
     def __init__(self, own: Tensor, other: Tensor, other_quantized: Tensor, importance: Tensor | None = None) -> None:
-        """Takes a [..., T, K], b and its quantized form [..., N, K], and weights that broadcast to [..., T, N]."""
+        """Takes a [..., T, K], b and its quantized form [..., N, K], and importances that broadcast to [..., T, N]."""
         self.own, self.importance = own, importance
         self.factor = other_quantized.mT
         self.residual = own @ (other_quantized - other).mT
@@ -34,7 +34,7 @@ class ProductError:
         return max(self.own.numel(), self.residual.numel())
 
     def rows(self, chosen: Tensor) -> ProductError:
-        """The same for some rows of a [T, K], a mask [T]; nothing may be weighted."""
+        """The same for some rows of a [T, K], a mask [T]; without importances."""
         part = copy.copy(self)
         part.own, part.residual = self.own[chosen], self.residual[chosen]
         return part

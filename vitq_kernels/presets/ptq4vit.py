@@ -19,7 +19,8 @@ from vitq_kernels.presets.twin_quantizers import TwinSign, TwinSoftmax
 MULTIPLES = tuple(0.01 + 0.0119 * i for i in range(100))  # of the scale that clips nothing
 SPLITS = tuple(2.0**-i for i in range(20))
 ROUNDS = 3
-TOKENS = 512  # of each site, on which output errors are measured
+TOKENS = 512  # of each linear, on which output errors are measured
+ATTENTION_IMAGES = 8  # on which those of matmuls are
 
 Errors = Callable[[Tensor], Tensor]  # scales [P, G] to errors [P, G]
 
@@ -143,7 +144,9 @@ def apply(
     model: nn.Module, batches: list[Tensor], widths: Widths, generator: torch.Generator, progress: Progress
 ) -> None:
     """As the released code's parallel calibration: every site is searched on the float stream."""
-    linears, scores, outputs = observe(model, widths, batches, generator, TOKENS)
+    linears, scores, outputs = observe(
+        model, widths, batches, generator, tokens=TOKENS, attention_images=ATTENTION_IMAGES
+    )
     total = len(linears) + len(scores)
     for done, (name, view) in enumerate(linears.items(), start=1):
         row_bits = widths.weight(name).to(view.x.device)
@@ -170,6 +173,6 @@ PRESET = Preset(
             "weights of errors: squared gradients of the log-likelihood of labels drawn from the prediction; the "
             "divergence from the own prediction, which the released code takes, has none there but float32's rounding"
         ),
-        "search reduced: errors on 512 random tokens a linear and as many in whole images a matmul, not on all",
+        "search reduced: errors on 512 sampled tokens a linear and on 8 images a matmul, not on all",
     ),
 )
