@@ -15,8 +15,8 @@ class ProductError:
     """``sum_n importance * (a^ b^T - a b^T)^2`` of candidates a^ for a, while b is quantized as it stands now.
 
     It is ``(a^ - a) b_q^T + a (b_q - b)^T`` squared; the second term does not depend on the candidate. Where b has more
-    rows than columns and nothing has an importance, the triangle of ``b_q = Q R`` stands for b_q: that changes the sum by a
-    constant.
+    rows than columns and nothing has an importance, the triangle of ``b_q = Q R`` stands for b_q: that changes the sum
+    by a constant.
     """
 
     def __init__(self, own: Tensor, other: Tensor, other_quantized: Tensor, importance: Tensor | None = None) -> None:
