@@ -321,7 +321,7 @@ def test_allocation_prints_a_line_a_site() -> None:
 
 
 def test_a_budget_needs_a_limit() -> None:
-    with pytest.raises(ValueError, match="Budget needs one of mean_weight_bits, size_mb, .*latency_ms, got none"):
+    with pytest.raises(ValueError, match=r"Budget needs one of mean_weight_bits, size_mb, .*latency_ms, got none"):
         Budget()
     assert Budget(3).mean_weight_bits == 3
     assert Budget(bitops=1e12, size_mb=2.5) == Budget(None, 2.5, 1e12)
