@@ -21,8 +21,9 @@ class TokenSample:
 def sample_tokens(x: Tensor, count: int | None, generator: torch.Generator) -> TokenSample:
     """Every token with one of the largest entries, and random ones of the rest, which stand for the rest.
 
-    A plain sample misses the few tokens that hold a tensor's outliers, and then clips them: on ViT-Tiny at W6A6,
-    PTQ4ViT with 512 plain tokens measured a KL of 1.1, with 2048 of .42 (32 calibration images that it had not seen).
+    A plain sample misses the few tokens that hold a tensor's outliers, and a search on it then clips them. PTQ4ViT on
+    ViT-Tiny at W6A6, KL on 32 images that its calibration had not seen: .97 with 512 plain tokens and 3 images for the
+    matmuls, .44 with 512 of these and 8 images.
 
     Args:
         x: float [T, K].
