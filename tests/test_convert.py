@@ -26,13 +26,15 @@ from tests.small_vits import (
 )
 from tests.twins import level_table
 from vitq_kernels.calibration import CalibrationStats, calibrate
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.converter import Converter
 from vitq_kernels.models import BlockParts, UnsupportedModelError, vit_config, vit_parts, vit_sites
 from vitq_kernels.nn import IntegerModule, PackedLinear, QuantBlock, QuantLinear
 from vitq_kernels.ops import use_backend
-from vitq_kernels.quantizers import AffineQuantizer, log2_steps, query_key_scales, round_to_nearest, weight_scale
-from vitq_kernels.spec import BitAllocation, QuantConfig, QuantFormat, RowGroups, SiteBits
+from vitq_kernels.quantizers import AffineQuantizer, log2_steps, query_key_scales
+from vitq_kernels.rounding import round_to_nearest, weight_scale
+from vitq_kernels.spec import BitAllocation, QuantFormat, RowGroups, SiteBits
 
 NEAR = 14  # dB of logits at W8A8, by what differs between images; the variants measured 17 to 28
 SOME = (
@@ -219,8 +221,10 @@ def test_boundary_layers_and_activations_have_their_widths() -> None:
     assert qmodel.patch_embed.proj.linear.quantize_input.bits == qmodel.head.quantize_input.bits == 8
     block = qmodel.blocks[1]
     assert {m.groups.mean_bits for m in block.modules() if isinstance(m, PackedLinear)} == {3}
-    widths = (block.norm1.bits, block.norm2.bits, block.attn.qkv.out_bits, block.attn.out_bits, block.mlp.fc1.out_bits)
-    assert widths == (5, 5, 5, 5, 5)
+    assert (block.norm1.bits, block.norm2.bits, block.attn.qkv.out_bits, block.attn.out_bits) == (5, 5, 5, 5)
+    assert block.mlp.fc1.levels.shape == (32,)  # of 8 bits, but only 2^5 of them
+    codes = block.mlp.fc1(block.norm2(torch.randn(2, 17, 32)))
+    assert set(codes.unique().tolist()) <= set(block.mlp.fc1.levels.tolist())
     assert block.attn.levels.shape == (2, 32)
 
 
@@ -326,10 +330,10 @@ def check_block(part: BlockParts, stats: CalibrationStats, converter: Converter,
 
     # LayerNorm, both
     grids = {
-        qkv_in: Grid.of(converter.quantizer(qkv_in, config.reparam_exponent)),
-        fc1_in: Grid.of(converter.quantizer(fc1_in, config.reparam_exponent)),
-        hidden: Grid.of(converter.quantizer(hidden, config.gelu_exponent)),
-        out: Grid.of(converter.quantizer(out, config.value_exponent, shift=middle.float())),
+        qkv_in: Grid.of(converter.quantizer(qkv_in, "qkv")),
+        fc1_in: Grid.of(converter.quantizer(fc1_in, "fc1")),
+        hidden: Grid.of(converter.quantizer(hidden, "fc2")),
+        out: Grid.of(converter.quantizer(out, "proj", shift=middle.float())),
     }
     for norm, module, site in ((f"{name}.norm1", part.norm1, qkv_in), (f"{name}.norm2", part.norm2, fc1_in)):
         (x,), codes = record[norm]
@@ -387,7 +391,7 @@ def check_stages(model: nn.Module, images: Tensor, fresh: Tensor, allocation: Bi
     converter = Converter(parts, stats, allocation, config, [])
 
     # patches
-    conv, grid = parts.patch_proj, converter.quantizer("patch_embed.proj", 1.0)
+    conv, grid = parts.patch_proj, converter.quantizer("patch_embed.proj", "patch_embed")
     area = math.prod(conv.kernel_size)
     per_pixel = Grid(grid.scale.repeat_interleave(area), grid.zero_point.repeat_interleave(area), grid.bits)
     pixels = F.unfold(parts.pixels(fresh).double(), conv.kernel_size, stride=conv.kernel_size).transpose(1, 2)
@@ -408,7 +412,7 @@ def check_stages(model: nn.Module, images: Tensor, fresh: Tensor, allocation: Bi
     # heads
     features = parts.head_inputs(model.norm(x))
     for name, head in parts.heads.items():
-        grid = Grid.of(converter.quantizer(name, config.head_exponent))
+        grid = Grid.of(converter.quantizer(name, "head"))
         (f,), codes = record[f"{name}.quantize_input"]
         assert_bitwise_equal(f, parts.norms["fc_norm"](features[name]))
         grid.check(codes, f.double(), 1e-6)
@@ -471,7 +475,7 @@ def test_bias_correction_makes_the_mean_output_exact(variant: str) -> None:
                 errors[site.name] = acc.mean(0) - wanted / module.multiplier.double()
         return errors
 
-    corrected, plain = mean_errors(QuantConfig()), mean_errors(QuantConfig(bias_correction=False))
+    corrected, plain = mean_errors(QuantConfig(compensation=None)), mean_errors(QuantConfig(bias_correction=False))
     for name, error in corrected.items():
         assert error.abs().max() < 0.51, name
     assert sum(float(error.abs().max()) > 5 for error in plain.values()) > len(plain) / 2
@@ -516,6 +520,59 @@ def test_training_mode_comes_back_after_an_error() -> None:
     assert all(m.training for m in model.modules())
 
 
+@pytest.mark.parametrize("variant", SOME)
+def test_compensation_keeps_the_mean_of_the_residual_stream(variant: str) -> None:
+    """On the calibration images: what the blocks before lost of it, attention and MLP put back."""
+    model, images = variant_vit(variant), variant_images(variant)
+    allocation = BitAllocation.uniform(vit_sites(model), 3)
+    expected, found = recorded_blocks(model, images), recorded_blocks(quantize(model, images, allocation), images)
+    for wanted, x in zip(expected, found, strict=True):
+        lost = (x - wanted).double().mean((0, 1)).abs()
+        assert (lost < 0.02 * (x - wanted).double().std((0, 1)) + 1e-5).all(), lost / (x - wanted).std((0, 1))
+
+
+def recorded_blocks(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The residual stream behind every block."""
+    found: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda _, __, out: found.append(out)) for block in model.blocks]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_compensation_brings_the_residual_stream_nearer() -> None:
+    """On fresh images, behind the last block, as a mean over variants in dB at W3A8."""
+    gains = []
+    for variant in ("class-token", "average-pool", "layer-scale"):
+        model, images, fresh = variant_vit(variant), variant_images(variant), fresh_images(variant)
+        stats, allocation = calibrate(model, images), BitAllocation.uniform(vit_sites(model), 3)
+        wanted = recorded_blocks(model, fresh)[-1]
+        error = [
+            (recorded_blocks(quantize(model, images, allocation, stats=stats, config=config), fresh)[-1] - wanted)
+            for config in (QuantConfig(), QuantConfig(compensation=None))
+        ]
+        gains.append(10 * math.log10(float(error[1].square().mean() / error[0].square().mean())))
+    assert sum(gains) / len(gains) > 0.2, gains
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_levels_of_gelu_beat_even_codes(bits: int) -> None:
+    """In dB at fc2's inputs of ``bits``, the mean over variants."""
+    gains = []
+    for variant in ("class-token", "tanh-gelu", "average-pool"):
+        model, images = variant_vit(variant), variant_images(variant)
+        sites = BitAllocation.uniform(vit_sites(model), 8).sites
+        narrow = BitAllocation({n: replace(s, activation=bits) if "fc2" in n else s for n, s in sites.items()})
+        stats = calibrate(model, images)
+        levels, even = (
+            quality_db(variant, quantize(model, images, narrow, stats=stats, config=QuantConfig(gelu_levels=on)))
+            for on in (True, False)
+        )
+        gains.append(levels - even)
+    assert sum(gains) / len(gains) > 0, gains
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
 @pytest.mark.parametrize("variant", ["class-token", "distilled", "layer-scale"])
 def test_a_half_precision_model_converts(variant: str, dtype: torch.dtype) -> None:
@@ -553,7 +610,7 @@ def test_layer_scales_that_are_tiny_or_zero_switch_their_branch_off() -> None:
         model.blocks[0].ls1.gamma.zero_()
         model.blocks[1].ls2.gamma.fill_(1e-6)
         model.blocks[1].ls1.gamma[::2] = 0.0
-    qmodel = quantize(model, images)
+    qmodel = quantize(model, images, config=QuantConfig(compensation=None))
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     block = qmodel.blocks[0]
     torch.testing.assert_close(block.attn(block.norm1(x), x), x, rtol=0, atol=1e-6)

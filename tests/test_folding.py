@@ -12,7 +12,8 @@ from tests.numerics import assert_bitwise_equal, codes, integers, reals, uniform
 from vitq_kernels.folding import FoldedLinear, fold_linear
 from vitq_kernels.observers import InputMoments
 from vitq_kernels.packing import pack_weight, unpack_weight
-from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer, gptq, round_to_nearest, weight_scale
+from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer
+from vitq_kernels.rounding import gptq, round_to_nearest, weight_scale
 from vitq_kernels.spec import RowGroups
 
 N, K = 20, 30

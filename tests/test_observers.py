@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.numerics import assert_bitwise_equal, integers, reals, uniform
 from tests.twins import level_table
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.observers import (
     ERROR_TOKENS,
     PERCENTILES,
@@ -21,7 +22,6 @@ from vitq_kernels.observers import (
     tau_errors,
 )
 from vitq_kernels.quantizers import affine_quantizer, log2_steps
-from vitq_kernels.spec import QuantConfig
 
 CPU = torch.device("cpu")
 

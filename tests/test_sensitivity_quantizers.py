@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.numerics import uniform
 from vitq_kernels.calibration import Calibrator
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.converter import Converter
 from vitq_kernels.folding import fold_linear
@@ -21,7 +22,7 @@ from vitq_kernels.packing import unpack_weight
 from vitq_kernels.quantizers import log2_levels
 from vitq_kernels.sensitivity_quantizers import FakeAffine, FakeLog2, SiteQuantizers
 from vitq_kernels.simulation import simulated
-from vitq_kernels.spec import BitAllocation, QuantConfig, RowGroups, Site
+from vitq_kernels.spec import BitAllocation, RowGroups, Site
 
 BITS = (2, 4, 8)
 ATTENTION = "blocks.1.attn"

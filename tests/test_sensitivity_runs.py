@@ -16,12 +16,12 @@ from small_vits import small_vit, variant_images, variant_vit
 from torch import Tensor, nn
 
 from vitq_kernels import sensitivity_runs
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.models import UnsupportedModelError, vit_sites
 from vitq_kernels.sensitivity import Part, Sensitivity
 from vitq_kernels.sensitivity_quantizers import SiteQuantizers
 from vitq_kernels.sensitivity_runs import sensitivity
 from vitq_kernels.simulation import simulated
-from vitq_kernels.spec import QuantConfig
 
 IMAGES, BATCH = 5, 2
 CANDIDATES = (2, 4, 7)

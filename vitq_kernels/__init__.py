@@ -10,6 +10,7 @@
 
 from vitq_kernels.calibration import CalibrationStats, Calibrator, calibrate
 from vitq_kernels.checkpoint import CheckpointError, load, save
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.evaluation import Evaluation, evaluate
 from vitq_kernels.models import UnsupportedModelError, vit_sites
@@ -17,7 +18,7 @@ from vitq_kernels.ops import SEMANTICS_VERSION, BackendUnavailableError, use_bac
 from vitq_kernels.planning import allocate
 from vitq_kernels.relevance import Relevance, relevance
 from vitq_kernels.replace import replace_linears
-from vitq_kernels.spec import BitAllocation, Budget, QuantConfig, RowGroups, Site, SiteBits
+from vitq_kernels.spec import BitAllocation, Budget, RowGroups, Site, SiteBits
 
 __version__ = "0.1.0"
 

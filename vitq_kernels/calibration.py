@@ -221,7 +221,7 @@ def input_covariances(
 ) -> dict[str, Tensor]:
     """Covariance of every block linear's float input: site name to float64 [K, K].
 
-    What an error of a weight costs at the output (``quantizers.row_errors``).
+    What an error of a weight costs at the output (``rounding.row_errors``).
     """
     parts = vit_parts(model)
     batches = image_batches(images, batch_size, parts.patch_proj.weight.device)

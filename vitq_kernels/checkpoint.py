@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 def _check_rebuilds(record: Quantization, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless ``load`` would find every tensor where the manifest's model has it."""
     assert record.model_config is not None
-    rebuilt = quantized_skeleton(build_vit(record.model_config, "meta"), record.allocation).state_dict()
+    rebuilt = quantized_skeleton(build_vit(record.model_config, "meta"), record.allocation, tensors).state_dict()
     shapes, wanted = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, rebuilt))
     for name in sorted(shapes.keys() | wanted.keys()):
         if shapes.get(name) != wanted.get(name):
@@ -79,7 +79,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     try:
         allocation = BitAllocation.from_json(json.dumps(manifest["allocation"]))
         sites = tuple(Site(**site) for site in manifest["sites"])
-        model = quantized_skeleton(build_vit(manifest["model"], "meta"), allocation)
+        model = quantized_skeleton(build_vit(manifest["model"], "meta"), allocation, tensors)
         model.load_state_dict(tensors, strict=True, assign=True)
         model.pretrained_cfg = manifest["data"]
         model.quantization = Quantization(manifest["model"], allocation, sites)

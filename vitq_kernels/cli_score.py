@@ -28,7 +28,7 @@ def score(
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
     method: Annotated[
-        str, typer.Option(callback=options.one_of(get_args(Method)), help="rules of LRP: attnlrp or chefer")
+        str, typer.Option(callback=options.one_of(get_args(Method)), help="rules of LRP, attnlrp or chefer, or fisher")
     ] = "attnlrp",
     tokens: Annotated[
         str,

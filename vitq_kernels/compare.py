@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitq_kernels.allocation import allocate_bits
 from vitq_kernels.calibration import calibrate
-from vitq_kernels.compare_jobs import METHODS, Job, plan_jobs
+from vitq_kernels.compare_jobs import Job, plan_jobs
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
 from vitq_kernels.convert import quantize
 from vitq_kernels.distributed import in_order
@@ -46,7 +46,7 @@ def compare(
     *,
     pairs: Sequence[tuple[int, int]] = (),
     means: Sequence[float] = (),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     activation_bits: int = 8,
     seed: int = 0,
     batch_size: int = 16,
@@ -70,7 +70,7 @@ def compare(
             initialised process group they are shared between the processes (distributed.py).
         pairs: widths of weights and activations for uniform models and presets.
         means: mean widths of weights for allocations.
-        methods: names of ``METHODS``; controls come with what they control.
+        methods: names of ``compare_jobs.METHODS``, None for all; controls come with what they control.
         activation_bits: of the allocations.
         seed: of the methods' random numbers; the permutations have ``seed``, ``seed + 1``, ``seed + 2``.
         batch_size: images a forward of calibration.

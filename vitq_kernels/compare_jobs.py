@@ -54,7 +54,7 @@ class Job:
 
 
 def plan_jobs(
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     pairs: Sequence[tuple[int, int]],
     means: Sequence[float],
     activation_bits: int,
@@ -66,7 +66,7 @@ def plan_jobs(
     whole number: the others have no uniform model of equal bytes.
 
     Args:
-        methods: names of METHODS; "lrp-qvit" and "mix-qvit" are an allocation and a preset.
+        methods: names of METHODS; "lrp-qvit" and "mix-qvit" are an allocation and a preset. None: all that have a row.
         pairs: widths of weights and activations, 2..8.
         means: mean widths of weights, in 2..8.
         activation_bits: of the allocations, 2..8.
@@ -82,8 +82,9 @@ def plan_jobs(
     for mean in means:
         if not MIN_BITS <= mean <= MAX_BITS:
             raise ValueError(f"means must be in {MIN_BITS}..{MAX_BITS}, got {mean}")
-    if unknown := [name for name in methods if name not in METHODS]:
+    if unknown := [name for name in methods or () if name not in METHODS]:
         raise ValueError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
+    named, methods = methods or (), METHODS if methods is None else methods
     at_pairs = dict.fromkeys((float(weight), activation) for weight, activation in pairs)
     at_means = dict.fromkeys((float(mean), activation_bits) for mean in means)
     strategies = [name for name in STRATEGIES if name in methods and name != "random"]
@@ -98,7 +99,8 @@ def plan_jobs(
             jobs += [Job("allocation", name, weight, activation, seed) for name in strategies]
         if (weight, activation) in at_pairs:
             jobs += [Job("preset", name, weight, activation, seed) for name in PRESETS if name in methods]
-    if idle := [name for name in methods if name not in {job.method for job in jobs}]:
-        wanted = "means" if idle[0] in STRATEGIES else "pairs"
-        raise ValueError(f"methods: {idle[0]!r} has no row without {wanted} of widths")
+    if idle := [name for name in named if name not in {job.method for job in jobs}]:
+        raise ValueError(f"methods: {idle[0]!r} has no row: presets need pairs of widths, allocations means")
+    if not jobs:
+        raise ValueError("methods have no row: give pairs of widths or means")
     return jobs

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import CalibrationStats, calibrate, image_batches
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.converter import Converter, Stream
 from vitq_kernels.models import vit_config, vit_parts, vit_sites
-from vitq_kernels.spec import BitAllocation, QuantConfig, Site
+from vitq_kernels.spec import BitAllocation, Site
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _convert(
         if progress:
             progress(done, total)
 
+    converter.float_stream = [parts.tokens(parts.model.patch_embed(x)) for x in converter.images]
     model.set_submodule("patch_embed.proj", converter.patch_embed())
     report(1)
     stream = [parts.tokens(parts.model.patch_embed(x)) for x in converter.images]
@@ -116,6 +118,7 @@ def _convert(
             report(6)
         else:
             stream = [float_block(x) for x in stream]
+            converter.float_stream = [float_block(x) for x in converter.float_stream]
     features: dict[str, Stream] = {name: [] for name in parts.heads}
     handles = [
         head.register_forward_pre_hook(lambda _, args, kept=features[name]: kept.append(args[0]))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import CalibrationStats
+from vitq_kernels.compensation import BlockOutputs, compensated, float_block, mean_output
+from vitq_kernels.config import LEVEL_BITS, MINMAX_BITS, QuantConfig
 from vitq_kernels.folding import FoldedLinear, fold_linear
+from vitq_kernels.levels import HIGHEST, LevelHistogram
 from vitq_kernels.models import BlockParts, VitParts
 from vitq_kernels.nn import (
     QuantAttention,
@@ -20,9 +24,16 @@ from vitq_kernels.nn import (
     QuantPatchEmbed,
     flatten_patches,
 )
-from vitq_kernels.observers import MINMAX_BITS, InputMoments
-from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer, log2_levels, log2_steps, query_key_scales
-from vitq_kernels.spec import MIN_BITS, BitAllocation, QuantConfig
+from vitq_kernels.observers import InputMoments
+from vitq_kernels.quantizers import (
+    SCALE_FLOOR,
+    AffineQuantizer,
+    affine_quantizer,
+    log2_levels,
+    log2_steps,
+    query_key_scales,
+)
+from vitq_kernels.spec import MAX_BITS, MIN_BITS, BitAllocation, SiteKind
 
 # Channels of the last MLP and of the pooled features answer to single classes, and a few dozen images do not show most
 # classes: new images leave the calibrated ranges. ViT-Tiny, only the last fc2 input at 8 bits: KL .0019 with the ranges
@@ -43,9 +54,10 @@ class Converter:
         self.bits = allocation.sites
         self.config = config
         self.images = images
+        self.float_stream: Stream = []  # what the float model has where the quantized one has its stream
         self.class_sites = {f"{parts.blocks[-1].name}.mlp.fc2", *parts.heads}
 
-    def quantizer(self, site: str, exponent: float, shift: Tensor | float = 0.0) -> AffineQuantizer:
+    def quantizer(self, site: str, kind: SiteKind, shift: Tensor | float = 0.0) -> AffineQuantizer:
         """Of a linear's input; ``shift`` [K] is what the producer takes off each channel."""
         bits = self.bits[site].activation
         low, high = self.stats.inputs[site].choose(bits, self.config)
@@ -54,7 +66,7 @@ class Converter:
             # At least as far as the typical channel, either side of zero: from one image every range is a point.
             reach = torch.maximum(reach, middle.abs() + torch.maximum(low.abs(), high.abs()).median())
             low, high = middle - reach, middle + reach
-        return affine_quantizer(low - shift, high - shift, bits, exponent)
+        return affine_quantizer(low - shift, high - shift, bits, self.config.exponent(kind, bits))
 
     def fold(
         self,
@@ -63,10 +75,21 @@ class Converter:
         quantizer: AffineQuantizer,
         inputs: Stream,
         *,
+        targets: Stream | None = None,
         layer_scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> FoldedLinear:
-        """A float linear under its site's widths; ``shift`` [K] is what the input lacks of its float values."""
+        """A float linear under its site's widths.
+
+        Args:
+            site: name.
+            module: the float layer.
+            quantizer: of its input.
+            inputs: codes that the quantized model makes, [..., K].
+            targets: what should come out of these inputs, [..., N], or None for what the float layer makes of them.
+            layer_scale: [N], folded in.
+            shift: [K], what the input lacks of its float values.
+        """
         weight = module.weight.detach().flatten(1).float()
         bias = None if module.bias is None else module.bias.detach().float()
         if shift is not None:
@@ -78,31 +101,38 @@ class Converter:
             mean = mean * layer_scale
         groups = self.bits[site].weight
         assert groups is not None
+        numbers = [(codes.int() - quantizer.zero_point).float() for codes in inputs]
+        token_weights = [self.token_weights(x) for x in inputs]
+        moments = InputMoments.empty(quantizer.scale.numel(), quantizer.scale.device) if inputs else None
+        for x, a in zip(numbers, token_weights, strict=True):
+            moments.add(x.flatten(0, -2), a.flatten())
+        if targets and self.config.compensation is not None and self.config.bias_correction:
+            folded = weight * quantizer.scale
+            folded = compensated(folded, numbers, targets, token_weights, moments, self.config.compensation)
+            weight, mean = folded / quantizer.scale, mean_output(targets)
         return fold_linear(
             site,
             weight,
             bias,
             quantizer,
             groups,
-            moments=self.moments(quantizer, inputs) if inputs else None,
+            moments=moments,
             output_mean=mean if self.config.bias_correction else None,
             use_gptq=self.config.gptq,
+            sweeps=self.config.sweeps,
         )
 
-    def moments(self, quantizer: AffineQuantizer, inputs: Stream) -> InputMoments:
-        """Of a stream of codes [..., K], less their zero points; tokens that the classifier reads weigh more."""
-        result = InputMoments.empty(quantizer.scale.numel(), quantizer.scale.device)
-        for codes in inputs:
-            weight = torch.ones(codes.shape[:-1], device=codes.device)
-            if codes.dim() == 3:
-                weight[:, : self.parts.read_tokens] = self.config.class_token_weight
-            result.add((codes.int() - quantizer.zero_point).float().flatten(0, -2), weight.flatten())
-        return result
+    def token_weights(self, codes: Tensor) -> Tensor:
+        """How much each token of [..., K] counts, [...]: those that the classifier reads count more."""
+        weight = torch.ones(codes.shape[:-1], device=codes.device)
+        if codes.dim() == 3:
+            weight[:, : self.parts.read_tokens] = self.config.class_token_weight
+        return weight
 
     def patch_embed(self) -> QuantPatchEmbed:
         """The patch convolution; its input quantizer is per image channel."""
         conv, site = self.parts.patch_proj, "patch_embed.proj"
-        q = self.quantizer(site, 1.0)
+        q = self.quantizer(site, "patch_embed")
         area = math.prod(conv.kernel_size)
         q = AffineQuantizer(q.scale.repeat_interleave(area), q.zero_point.repeat_interleave(area), q.bits)
         quantize_input = QuantizeInput(q.inv_scale, q.zero_point, q.bits)
@@ -111,34 +141,36 @@ class Converter:
         return QuantPatchEmbed(self.real_linear(self.fold(site, conv, q, patches), quantize_input), conv.kernel_size)
 
     @staticmethod
-    def real_linear(folded: FoldedLinear, quantize_input: QuantizeInput) -> QuantLinear:
-        """A linear from float to float."""
+    def real_linear(folded: FoldedLinear, quantize_input: QuantizeInput | None) -> QuantLinear:
+        """A linear to float, from float or, without a quantizer, from codes."""
         return QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "real", quantize_input=quantize_input)
 
     def head(self, name: str, module: nn.Linear, features: Stream) -> QuantLinear:
         """A classifier on float features [B, C]."""
-        q = self.quantizer(name, self.config.head_exponent)
+        q = self.quantizer(name, "head")
         quantize_input = QuantizeInput(q.inv_scale, q.zero_point, q.bits)
         return self.real_linear(self.fold(name, module, q, [quantize_input(x) for x in features]), quantize_input)
 
     def block(self, block: BlockParts, stream: Stream) -> QuantBlock:
         """A transformer block, given the residual stream that enters it; the stream comes out behind the block."""
-        norm1, q1 = self.layernorm(block.norm1, f"{block.name}.attn.qkv")
-        attn = self.attention(block, q1, [norm1(x) for x in stream], stream)
-        norm2, q2 = self.layernorm(block.norm2, f"{block.name}.mlp.fc1")
-        mlp = self.mlp(block, q2, [norm2(x) for x in stream], stream)
+        wanted = [float_block(block, x) for x in self.float_stream]
+        norm1, q1 = self.layernorm(block.norm1, f"{block.name}.attn.qkv", "qkv")
+        attn = self.attention(block, q1, [norm1(x) for x in stream], stream, wanted)
+        norm2, q2 = self.layernorm(block.norm2, f"{block.name}.mlp.fc1", "fc1")
+        mlp = self.mlp(block, q2, [norm2(x) for x in stream], stream, wanted)
+        self.float_stream = [block.out for block in wanted]
         return QuantBlock(norm1, attn, norm2, mlp)
 
-    def layernorm(self, norm: nn.LayerNorm, site: str) -> tuple[QuantLayerNorm, AffineQuantizer]:
+    def layernorm(self, norm: nn.LayerNorm, site: str, kind: SiteKind) -> tuple[QuantLayerNorm, AffineQuantizer]:
         """S3 for the input of ``site``: channel-wise scales cost nothing, the site's columns carry them."""
-        q = self.quantizer(site, self.config.reparam_exponent)
+        q = self.quantizer(site, kind)
         gamma = torch.ones_like(q.scale) if norm.weight is None else norm.weight.detach().float()
         beta = torch.zeros_like(q.scale) if norm.bias is None else norm.bias.detach().float()
         offset = beta.double() / q.scale.double() + q.zero_point
         return QuantLayerNorm((gamma.double() / q.scale.double()).float(), offset.float(), norm.eps, q.bits), q
 
     def attention(
-        self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream, stream: Stream
+        self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream, stream: Stream, wanted: list[BlockOutputs]
     ) -> QuantAttention:
         """qkv, integer attention and proj (semantics S4).
 
@@ -156,7 +188,7 @@ class Converter:
         q_scale, k_scale, score_scale = query_key_scales(*radius.chunk(3)[:2], heads, code_bits)
         v_scale = affine_quantizer(-radius.chunk(3)[2], radius.chunk(3)[2], code_bits).scale
 
-        folded = self.fold(qkv_site, block.qkv, quantizer, inputs)
+        folded = self.fold(qkv_site, block.qkv, quantizer, inputs, targets=[w.qkv for w in wanted])
         out_scale = torch.cat((q_scale, k_scale, v_scale))
         qkv = QuantLinear(
             folded.weight,
@@ -170,7 +202,7 @@ class Converter:
         tau = [log2_steps(av_bits)[i] for i in tau_index.tolist()]
         octaves = block.softmax_scale * math.log2(math.e)
         kappa = score_scale.double() * octaves / torch.tensor(tau, dtype=torch.float64, device=score_scale.device)
-        out = self.quantizer(proj_site, self.config.value_exponent, shift=middle)
+        out = self.quantizer(proj_site, "proj", shift=middle)
         shape = (heads, dim)
         attn = QuantAttention(
             qkv,
@@ -182,28 +214,66 @@ class Converter:
             out.bits,
         )
         codes = [attn.attend(x) for x in inputs]
-        proj = self.fold(proj_site, block.proj, out, codes, layer_scale=block.layer_scale1, shift=middle)
+        # What the residual stream lacks, the errors of the blocks before included.
+        targets = [w.middle - x for w, x in zip(wanted, stream, strict=bool(wanted))]
+        scale = block.layer_scale1
+        proj = self.fold(proj_site, block.proj, out, codes, targets=targets, layer_scale=scale, shift=middle)
         attn.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual")
         stream[:] = map(attn.proj, codes, stream)
         return attn
 
-    def mlp(self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream, stream: Stream) -> QuantMlp:
+    def mlp(
+        self, block: BlockParts, quantizer: AffineQuantizer, inputs: Stream, stream: Stream, wanted: list[BlockOutputs]
+    ) -> QuantMlp:
         """fc1 with GELU and channel-wise requantization in its epilogue, fc2 with the residual in its own."""
         site1, site2 = f"{block.name}.mlp.fc1", f"{block.name}.mlp.fc2"
-        hidden = self.quantizer(site2, self.config.gelu_exponent)
-        folded = self.fold(site1, block.fc1, quantizer, inputs)
+        folded = self.fold(site1, block.fc1, quantizer, inputs, targets=[w.fc1 for w in wanted])
+        if inputs and self.config.gelu_levels and self.bits[site2].activation <= LEVEL_BITS:
+            fc1, hidden = self.gelu_levels(block, folded, inputs)
+        else:
+            hidden = self.quantizer(site2, "fc2")
+            fc1 = QuantLinear(
+                folded.weight,
+                folded.multiplier(),
+                folded.bias_q(),
+                "gelu",
+                zero_point=hidden.zero_point,
+                inv_scale=hidden.inv_scale,
+                out_bits=hidden.bits,
+                gelu=block.gelu,
+            )
+        codes = [fc1(x) for x in inputs]
+        targets = [w.out - x for w, x in zip(wanted, stream, strict=bool(wanted))]
+        folded = self.fold(site2, block.fc2, hidden, codes, targets=targets, layer_scale=block.layer_scale2)
+        fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual")
+        stream[:] = map(fc2, codes, stream)
+        return QuantMlp(fc1, fc2)
+
+    def gelu_levels(
+        self, block: BlockParts, folded: FoldedLinear, inputs: Stream
+    ) -> tuple[QuantLinear, AffineQuantizer]:
+        """fc1 whose codes choose among 2^b levels of the block's own, those of least error at fc2's output.
+
+        Channels keep their ranges (scale s_n = absmax / 127); an error of channel n counts ``(s_n |fc2[:, n]|)^2``.
+        """
+        site = f"{block.name}.mlp.fc2"
+        ranges = self.stats.inputs[site]
+        scale = torch.maximum(ranges.low[-1].abs(), ranges.high[-1].abs()).clamp_min(SCALE_FLOOR * HIGHEST) / HIGHEST
+        hidden = AffineQuantizer(scale, torch.zeros_like(scale, dtype=torch.int32), MAX_BITS)
+        channel_weight = (block.fc2.weight.detach().float() * scale).square().sum(0)
+        real = self.real_linear(folded, None)
+        histogram = LevelHistogram()
+        for x in inputs:
+            units = F.gelu(real(x), approximate=block.gelu) / scale
+            histogram.add(units, self.token_weights(x)[..., None] * channel_weight)
+        levels = histogram.best_levels(1 << self.bits[site].activation).to(scale.device)
         fc1 = QuantLinear(
             folded.weight,
             folded.multiplier(),
             folded.bias_q(),
-            "gelu",
-            zero_point=hidden.zero_point,
+            "gelu levels",
             inv_scale=hidden.inv_scale,
-            out_bits=hidden.bits,
+            levels=levels,
             gelu=block.gelu,
         )
-        codes = [fc1(x) for x in inputs]
-        folded = self.fold(site2, block.fc2, hidden, codes, layer_scale=block.layer_scale2)
-        fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual")
-        stream[:] = map(fc2, codes, stream)
-        return QuantMlp(fc1, fc2)
+        return fc1, hidden

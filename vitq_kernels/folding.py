@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vitq_kernels.observers import InputMoments
 from vitq_kernels.packing import PackedWeight, pack_weight
-from vitq_kernels.quantizers import AffineQuantizer, gptq, round_to_nearest, weight_scale
+from vitq_kernels.quantizers import AffineQuantizer
+from vitq_kernels.rounding import gptq, refine, round_to_nearest, weight_scale
 from vitq_kernels.spec import QuantFormat, RowGroups
 
 
@@ -51,6 +52,7 @@ def fold_linear(
     moments: InputMoments | None = None,
     output_mean: Tensor | None = None,
     use_gptq: bool = True,
+    sweeps: int = 0,
 ) -> FoldedLinear:
     """Quantizes a weight for inputs that ``quantizer`` encodes; the columns carry the input's scale.
 
@@ -62,6 +64,7 @@ def fold_linear(
         moments: of the input codes less their zero points; without them weights round to nearest.
         output_mean: [N], the float model's mean output: the bias is set so that the mean on these moments equals it.
         use_gptq: round against the moments.
+        sweeps: of coordinate descent after that.
     """
     folded = weight.float() * quantizer.scale
     row_bits = torch.tensor(groups.row_bits(), device=weight.device)
@@ -73,6 +76,7 @@ def fold_linear(
     scale = torch.maximum(weight_scale(folded, row_bits), offset / 2**29)
     if moments is not None and use_gptq:
         codes = gptq(folded, scale, row_bits, moments.covariance)
+        codes = refine(folded, scale, row_bits, codes, moments.covariance, sweeps)
     else:
         codes = round_to_nearest(folded, scale, row_bits)
     real_bias = torch.zeros_like(scale).double() if bias is None else bias.double()

@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vitq_kernels.config import MINMAX_BITS, QuantConfig
 from vitq_kernels.quantizers import log2_levels, log2_steps, quantization_error
-from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantConfig
+from vitq_kernels.spec import MAX_BITS, MIN_BITS
 
 # Candidate ranges: RepQ-ViT's percentiles; below .999 hurt end to end at W4A4 (methods.md 3).
 PERCENTILES = (0.999, 0.9999, 1.0)
 WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
-# From this width on, a range that clips nothing beats the one of least squared error: at 8 bits the few clipped values
-# are the massive activations (KL of ViT-Tiny with only fc2's input quantized .0044 against .0173, q and k .0001
-# against .0056).
-MINMAX_BITS = 6
 ERROR_TOKENS = 2048  # tokens of the sample on which squared errors are measured
 
 

@@ -15,8 +15,8 @@ from vitq_kernels.calibration import block_linears, input_covariances
 from vitq_kernels.costs import CANDIDATES
 from vitq_kernels.latency import KernelTimes
 from vitq_kernels.models import vit_parts, vit_sites
-from vitq_kernels.quantizers import row_errors
 from vitq_kernels.relevance import Relevance
+from vitq_kernels.rounding import row_errors
 from vitq_kernels.sensitivity import Sensitivity
 from vitq_kernels.spec import BitAllocation, Budget, Site
 from vitq_kernels.strategies import BY_ROW, Strategy, price

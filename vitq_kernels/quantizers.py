@@ -1,11 +1,10 @@
-"""From real numbers to codes: affine activation quantizers, weight scales and rounding, log2 attention levels.
+"""From real numbers to codes: affine activation quantizers, q and k scales, log2 attention levels.
 
 Pure functions of tensors; they know the vocabulary and nothing of models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantFormat
 
-# Fractions of a row's absolute maximum tried as clipping points (methods.md 4: 0.5 to 1.0).
-CLIP_GRID = tuple(0.5 + 0.02 * i for i in range(26))
 # Channels that never vary still need a positive scale; 1e-8 of a real unit changes no logit.
 SCALE_FLOOR = 1e-8
 # Largest zero point. S1 rounds exactly up to 2^22, but zero points also enter bias_q: 2^12 * 127 * K fits int32 up
@@ -87,95 +84,6 @@ def quantization_error(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tenso
     fmt = QuantFormat(bits)
     codes = (x * quantizer.inv_scale).round_().add_(quantizer.zero_point).clamp_(fmt.qmin, fmt.qmax)
     return codes.sub_(quantizer.zero_point).mul_(quantizer.scale).sub_(x).square_().mean(0)
-
-
-def weight_scale(weight: Tensor, row_bits: Tensor) -> Tensor:
-    """Symmetric scale per row by least squared error over a grid of clipping points.
-
-    Args:
-        weight: float32 [N, K].
-        row_bits: int [N], width of each row.
-
-    Returns:
-        float32 [N], > 0.
-    """
-    # Codes reach -2^(b-1), so the scale counts half a step more than qmax: the largest weight rounds to qmax or qmin.
-    half_levels = (2.0 ** (row_bits.double() - 1) - 0.5).float()
-    absmax = weight.abs().amax(1).clamp_min(SCALE_FLOOR)
-    best = torch.full_like(absmax, torch.inf)
-    best_scale = absmax / half_levels
-    for fraction in CLIP_GRID:
-        scale = absmax * fraction / half_levels
-        codes = round_to_nearest(weight, scale, row_bits)
-        error = (codes.float() * scale[:, None] - weight).square_().sum(1)
-        best_scale = torch.where(error < best, scale, best_scale)
-        best = torch.minimum(best, error)
-    return best_scale
-
-
-def round_to_nearest(weight: Tensor, scale: Tensor, row_bits: Tensor) -> Tensor:
-    """``clamp(rint(w / scale))`` per row: float32 [N, K] to int8 [N, K]."""
-    limit = (2.0 ** (row_bits.double() - 1)).float()[:, None]
-    return (weight / scale[:, None]).round_().clamp_(-limit, limit - 1).to(torch.int8)
-
-
-def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: float = 0.01) -> Tensor:
-    """Rounds weights column after column, each column's error made good by the columns still to come.
-
-    Minimises ``tr((W - s*Q) H (W - s*Q)^T)`` greedily (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1, with
-    columns in order of falling diagonal).
-
-    Args:
-        weight: float32 [N, K].
-        scale: float32 [N].
-        row_bits: int [N].
-        moment: float64 [K, K], H: second moments of the inputs, in units of the columns.
-        damp: share of the mean diagonal added to the diagonal.
-
-    Returns:
-        int8 [N, K].
-    """
-    diagonal = moment.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    h = moment[order][:, order].clone()
-    # Inputs that never vary have H = 0: any positive diagonal then rounds to nearest, and 1e-30 has an inverse.
-    h.diagonal().add_(damp * diagonal.mean().clamp_min(1e-30))
-    # Upper Cholesky factor U of the inverse: row k holds what an error in column k does to the later ones.
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    work = weight[:, order].clone()
-    codes = torch.empty_like(work, dtype=torch.int8)
-    block = 64  # columns updated eagerly before the rest sees one GEMM
-    for start in range(0, work.shape[1], block):
-        stop = min(start + block, work.shape[1])
-        errors = torch.empty_like(work[:, start:stop])
-        for k in range(start, stop):
-            codes[:, k] = round_to_nearest(work[:, k : k + 1], scale, row_bits)[:, 0]
-            errors[:, k - start] = (work[:, k] - codes[:, k].float() * scale) / upper[k, k]
-            work[:, k + 1 : stop] -= errors[:, k - start, None] * upper[k, k + 1 : stop]
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
-    return result
-
-
-def row_errors(weight: Tensor, moment: Tensor, candidates: Sequence[int], use_gptq: bool = True) -> Tensor:
-    """Relative squared output error of each row at each width: float64 [N, len(candidates)].
-
-    Args:
-        weight: float32 [N, K].
-        moment: float64 [K, K], second moments of the inputs.
-        candidates: widths.
-        use_gptq: round by ``gptq``, else to nearest.
-    """
-    energy = ((weight.double() @ moment) * weight).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    columns = []
-    for bits in candidates:
-        row_bits = torch.full((weight.shape[0],), bits, device=weight.device)
-        scale = weight_scale(weight, row_bits)
-        codes = gptq(weight, scale, row_bits, moment) if use_gptq else round_to_nearest(weight, scale, row_bits)
-        error = codes.double() * scale.double()[:, None] - weight
-        columns.append(((error @ moment) * error).sum(1) / energy)
-    return torch.stack(columns, 1)
 
 
 def log2_levels(bits: int, tau: float) -> Tensor:

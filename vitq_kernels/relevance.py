@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitq_kernels.distributed import in_order
+from vitq_kernels.fisher import FISHER, drawn_classes, log_probability_start
 from vitq_kernels.lrp_rules import COMPOSITES
 from vitq_kernels.models import UnsupportedModelError, vit_parts, vit_sites
 from vitq_kernels.relevance_program import run_with_rules
 from vitq_kernels.spec import Site
 
-Method = Literal["attnlrp", "chefer"]
+Method = Literal["attnlrp", "chefer", "fisher"]
+METHODS = {**COMPOSITES, FISHER.name: FISHER}
 Tokens = Literal["image", "class", "all"]
 
 
@@ -37,12 +39,12 @@ class Relevance:
     method: Method
     tokens: Tokens  # which tokens were counted (rows of query tokens at qk); heads have no tokens and always count
     images: int
-    flow: Mapping[str, float]  # Σ|R| at the site over Σ|R| at the logits, per image (methods.md 1, D2)
+    flow: Mapping[str, float]  # Σ|R| at the site over Σ|R| at the logits, per image (methods.md 1); fisher: Σ in nats
     mean_score: Mapping[str, float]  # mean of the signed R, over Σ_sites |mean| (D1, LRP-QViT's literal score)
     row_flow: Mapping[str, Sequence[float]]  # flow of each output row of each linear; a site's rows add up to its flow
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, tuple(COMPOSITES))
+        _check_choice("method", self.method, tuple(METHODS))
         _check_choice("tokens", self.tokens, get_args(Tokens))
         if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:
             raise ValueError(f"Relevance.images must be a positive integer, got {self.images!r}")
@@ -103,7 +105,8 @@ def relevance(
         images: normalised images, float [n, C, H, W], or an iterable of such batches; held in memory. Every image is
             attributed by itself: neither batches nor their order change its relevance beyond float rounding.
         method: "attnlrp" (Achtibat et al. 2024), relevance = value x modified gradient, starting from the logit; or
-            "chefer" (Chefer et al. 2021, the rules LRP-QViT uses), starting from 1 at the logit.
+            "chefer" (Chefer et al. 2021, the rules LRP-QViT uses), starting from 1 at the logit; or "fisher"
+            (fisher.py), (value x gradient)^2 of the log-probability of a class drawn from the prediction, in nats.
         batch_size: images of one pass, positive.
         tokens: "image" counts patch tokens, "class" the class, distillation and register tokens, "all" both. The patch
             embedding has patch tokens only.
@@ -115,7 +118,7 @@ def relevance(
         UnsupportedModelError: a part of the model has no rule, or there is no classifier; the message names the part.
         ValueError: another argument is not as above; the message names it.
     """
-    rules = COMPOSITES[_check_choice("method", method, tuple(COMPOSITES))]
+    rules = METHODS[_check_choice("method", method, tuple(METHODS))]
     _check_choice("tokens", tokens, get_args(Tokens))
     parts = vit_parts(model, strict=True)
     weight = parts.patch_proj.weight
@@ -137,9 +140,14 @@ def relevance(
         totals = _Totals(sites, tokens)
         pixels = batch.detach().to(weight.device, weight.dtype, copy=True).requires_grad_()
         logits = run_with_rules(parts, rules, pixels, totals.add)
-        label = logits.argmax(1) if label is None else label.to(weight.device)
-        start = F.one_hot(label.long(), classes).to(weight.dtype)
-        totals.start = rules.relevance(logits.detach(), start).abs().sum(1).cpu()
+        if rules is FISHER:
+            label = drawn_classes(logits) if label is None else label.to(weight.device).long()
+            start = log_probability_start(logits, label)
+            totals.start = torch.ones(len(batch))  # nats: images count by what their decisions can lose
+        else:
+            label = logits.argmax(1) if label is None else label.to(weight.device)
+            start = F.one_hot(label.long(), classes).to(weight.dtype)
+            totals.start = rules.relevance(logits.detach(), start).abs().sum(1).cpu()
         torch.autograd.grad(logits, pixels, start)  # the sites are visited on the way
         return len(batch), totals
 

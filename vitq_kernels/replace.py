@@ -10,7 +10,7 @@ from torch import nn
 
 from vitq_kernels.nn import DynamicQuantLinear
 from vitq_kernels.packing import pack_weight
-from vitq_kernels.quantizers import round_to_nearest, weight_scale
+from vitq_kernels.rounding import round_to_nearest, weight_scale
 from vitq_kernels.spec import RowGroups, check_bits
 
 

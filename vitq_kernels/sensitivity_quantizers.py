@@ -9,19 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import calibrate, input_covariances
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.models import vit_parts
-from vitq_kernels.quantizers import (
-    AffineQuantizer,
-    affine_quantizer,
-    gptq,
-    log2_levels,
-    log2_steps,
-    query_key_scales,
-    round_to_nearest,
-    weight_scale,
-)
+from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer, log2_levels, log2_steps, query_key_scales
+from vitq_kernels.rounding import gptq, round_to_nearest, weight_scale
 from vitq_kernels.sensitivity import Part
-from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantFormat, Site
+from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantFormat, Site
 
 
 class FakeAffine(nn.Module):
@@ -106,14 +99,7 @@ class SiteQuantizers:
     def input_quantizer(self, site: Site, bits: int) -> AffineQuantizer:
         """Of a linear's input, per channel."""
         config = self.config
-        exponent = {
-            "patch_embed": 1.0,
-            "qkv": config.reparam_exponent,
-            "proj": config.value_exponent,
-            "fc1": config.reparam_exponent,
-            "fc2": config.gelu_exponent,
-            "head": config.head_exponent,
-        }[site.kind]
+        exponent = config.exponent(site.kind, bits)
         return affine_quantizer(*self.stats.inputs[site.name].choose(bits, config), bits, exponent)
 
     def input(self, site: Site, bits: int) -> FakeAffine:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import image_batches
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.distributed import in_order
 from vitq_kernels.models import vit_parts, vit_sites
 from vitq_kernels.sensitivity import Part, Sensitivity, check_candidates
 from vitq_kernels.sensitivity_cache import Changes, MeasurementCache, fingerprint
 from vitq_kernels.sensitivity_quantizers import SiteForm, SiteQuantizers
 from vitq_kernels.simulation import simulated
-from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantConfig, Site, check_bits
+from vitq_kernels.spec import MAX_BITS, MIN_BITS, Site, check_bits
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,15 @@ from vitq_kernels.packing import PackedWeight
 from vitq_kernels.spec import BitAllocation, RowGroups, SiteBits
 
 
-def quantized_skeleton(model: nn.Module, allocation: BitAllocation) -> nn.Module:
+def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Container[str] = ()) -> nn.Module:
     """Replaces the modules of a float VisionTransformer by integer ones on the meta device, in place.
 
     What ``converter.py`` builds from statistics, here from widths alone: names, shapes and dtypes of the buffers agree.
+
+    Args:
+        model: the float model.
+        allocation: the widths.
+        tensors: names of the tensors that will fill it: those of levels say which fc1 have some.
     """
     parts = vit_parts(model, strict=True)
     bits = allocation.sites
@@ -32,13 +39,13 @@ def quantized_skeleton(model: nn.Module, allocation: BitAllocation) -> nn.Module
     cols = conv.weight[0].numel()
     model.set_submodule("patch_embed.proj", QuantPatchEmbed(_float_linear(site, cols), conv.kernel_size))
     for block in parts.blocks:
-        model.set_submodule(block.name, _block(block, allocation))
+        model.set_submodule(block.name, _block(block, allocation, f"{block.name}.mlp.fc1.levels" in tensors))
     for name, head in parts.heads.items():
         model.set_submodule(name, _float_linear(bits[name], head.in_features))
     return model
 
 
-def _block(block: BlockParts, allocation: BitAllocation) -> QuantBlock:
+def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> QuantBlock:
     def at(suffix: str) -> SiteBits:
         return allocation.sites[f"{block.name}.{suffix}"]
 
@@ -59,7 +66,7 @@ def _block(block: BlockParts, allocation: BitAllocation) -> QuantBlock:
         proj.activation,
     )
     mlp = QuantMlp(
-        _linear(fc1, block.fc1.in_features, "gelu", fc2.activation, block.gelu),
+        _linear(fc1, block.fc1.in_features, "gelu levels" if gelu_levels else "gelu", fc2.activation, block.gelu),
         _linear(fc2, block.fc2.in_features, "residual"),
     )
     return QuantBlock(norm(block.norm1, qkv), attn, norm(block.norm2, fc1), mlp)
@@ -85,7 +92,8 @@ def _linear(site: SiteBits, cols: int, epilogue: Epilogue, out_bits: int = 8, ge
         _empty(rows, dtype=torch.int32),
         epilogue,
         zero_point=_empty(rows, dtype=torch.int32) if coded else None,
-        inv_scale=_empty(rows) if epilogue == "gelu" else None,
+        inv_scale=_empty(rows) if epilogue in ("gelu", "gelu levels") else None,
+        levels=_empty(1 << out_bits, dtype=torch.int8) if epilogue == "gelu levels" else None,
         out_bits=out_bits,
         gelu=gelu,
     )

@@ -17,7 +17,6 @@ MIN_BITS, MAX_BITS = 2, 8
 TILE_ROWS = 256  # rows a kernel stages together; the order of rows is free inside a tile (docs/semantics.md)
 
 SiteKind = Literal["patch_embed", "qkv", "qk", "av", "proj", "fc1", "fc2", "head"]
-Observer = Literal["minmax", "percentile", "mse"]
 
 
 def check_bits(bits: Any, argument: str) -> int:
@@ -299,26 +298,3 @@ def groups_from_dict(data: Mapping[str, Any]) -> RowGroups:
     """The inverse of ``groups_to_dict``."""
     order = data.get("order")
     return RowGroups(data["rows"], tuple(data["bits"]), data["group_rows"], None if order is None else tuple(order))
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How conversion quantizes, apart from the widths. The defaults are what measured best (CHANGELOG)."""
-
-    observer: Observer | None = None  # range of every activation; None: min-max from 6 bits on, least squares below
-    percentile: float = 0.9999  # used by observer="percentile"
-    # How far a weight's columns follow the scales of its input channels (methods.md 3), after LayerNorm, GELU,
-    # attention and pooling: 1 is channel-wise, 0 per tensor.
-    reparam_exponent: float = 0.5
-    gelu_exponent: float = 0.75
-    value_exponent: float = 0.5
-    head_exponent: float = 0.5
-    class_token_weight: float = 8.0  # of the tokens that the classifier reads, in the second moments (methods.md 2)
-    gptq: bool = True  # round weights against the calibrated inputs' second moments instead of to nearest
-    bias_correction: bool = True  # shift biases by the mean output error on the calibration images
-
-    def __post_init__(self) -> None:
-        if self.observer is not None and self.observer not in get_args(Observer):
-            raise ValueError(f"QuantConfig.observer must be one of {get_args(Observer)}, got {self.observer!r}")
-        if not 0.5 < self.percentile <= 1.0:
-            raise ValueError(f"QuantConfig.percentile must be in (0.5, 1], got {self.percentile!r}")

@@ -12,7 +12,7 @@ from vitq_kernels import ops
 from vitq_kernels.nn.module import IntegerModule, QuantizeInput
 from vitq_kernels.packing import PackedWeight, groups_with_order, unpack_weight
 
-Epilogue = Literal["codes", "gelu", "real", "residual"]
+Epilogue = Literal["codes", "gelu", "gelu levels", "real", "residual"]
 
 
 class PackedLinear(IntegerModule):
@@ -87,9 +87,10 @@ class QuantLinear(PackedLinear):
         bias_q: int32 [N], bias and input zero point in accumulator units.
         epilogue: what comes out.
         zero_point: int32 [N], of the output codes; for "codes" and "gelu".
-        inv_scale: float32 [N], output codes per real unit; for "gelu".
+        inv_scale: float32 [N], output codes or units of the levels per real unit; for "gelu" and "gelu levels".
+        levels: int8 [2^b], ascending; for "gelu levels". Codes are levels of 8 bits then.
         out_bits: width of the output codes; for "codes" and "gelu".
-        gelu: "none" (erf) or "tanh"; for "gelu".
+        gelu: "none" (erf) or "tanh"; for "gelu" and "gelu levels".
         quantize_input: quantizer of float inputs, or None if int8 codes come in.
     """
 
@@ -102,6 +103,7 @@ class QuantLinear(PackedLinear):
         *,
         zero_point: Tensor | None = None,
         inv_scale: Tensor | None = None,
+        levels: Tensor | None = None,
         out_bits: int = 8,
         gelu: str = "none",
         quantize_input: QuantizeInput | None = None,
@@ -115,6 +117,10 @@ class QuantLinear(PackedLinear):
         self.register_buffer("bias_q", bias_q)
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("inv_scale", inv_scale)
+        self.register_buffer("levels", levels)
+        # A value takes the nearest level: it changes half way between two.
+        middles = None if levels is None else (levels[1:].float() + levels[:-1].float()) / 2
+        self.register_buffer("thresholds", middles)
         self.prepare()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -127,6 +133,8 @@ class QuantLinear(PackedLinear):
             return ops.linear_codes(*shared, self.zero_point, self.out_bits)
         if self.epilogue == "gelu":
             return ops.linear_gelu_codes(*shared, self.inv_scale, self.zero_point, self.out_bits, self.gelu)
+        if self.epilogue == "gelu levels":
+            return ops.linear_gelu_levels(*shared, self.inv_scale, self.thresholds, self.levels, self.gelu)
         if self.epilogue == "residual":
             return ops.linear_residual(*shared, residual)
         return ops.linear_real(*shared, dtype if dtype.is_floating_point else torch.float32)

@@ -1,0 +1,81 @@
+"""What a layer should put out on the quantized stream, and the weights that come closest to it.
+
+Layers are rounded one after another on the inputs that the quantized model really makes. Those inputs already carry the
+errors of the layers before; a least-squares change of the float weights makes good what a linear map can make good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq_kernels.models import BlockParts
+from vitq_kernels.observers import InputMoments
+
+
+@dataclass(frozen=True)
+class BlockOutputs:
+    """What the float model computes inside a block, [B, S, ...]."""
+
+    qkv: Tensor
+    middle: Tensor  # the residual stream after attention
+    fc1: Tensor  # before GELU
+    out: Tensor  # the residual stream behind the block
+
+
+def float_block(block: BlockParts, x: Tensor) -> BlockOutputs:
+    """The float block on its residual stream [B, S, C]."""
+    qkv = block.qkv(block.norm1(x))
+    q, k, v = qkv.unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=block.softmax_scale)
+    y = block.proj(attended.transpose(1, 2).flatten(2))
+    middle = x + (y if block.layer_scale1 is None else y * block.layer_scale1)
+    fc1 = block.fc1(block.norm2(middle))
+    y = block.fc2(F.gelu(fc1, approximate=block.gelu))
+    return BlockOutputs(qkv, middle, fc1, middle + (y if block.layer_scale2 is None else y * block.layer_scale2))
+
+
+def mean_output(targets: Sequence[Tensor]) -> Tensor:
+    """Mean of targets [..., N] over all tokens, float64 [N]."""
+    totals = torch.stack([y.double().flatten(0, -2).sum(0) for y in targets])
+    return totals.sum(0) / sum(y[..., 0].numel() for y in targets)
+
+
+def compensated(
+    weight: Tensor,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    token_weights: Sequence[Tensor],
+    moments: InputMoments,
+    ridge: float,
+) -> Tensor:
+    """The weights nearest to ``weight`` whose outputs come nearest to the targets, both about their means.
+
+    ``argmin_V sum_t a_t |y_t - V x_t|^2 / sum_t a_t + ridge * h * |V - W|^2`` with h the mean second moment of an input
+    channel: W plus a ridge regression of what W leaves over. ERQ (Zhong et al., ICML 2024, Aqer) has this form for
+    errors of activations alone, GPTAQ (Li et al., 2025, arXiv:2504.02692) without the ridge.
+
+    Args:
+        weight: float32 [N, K], for inputs in code units.
+        inputs: batches [..., K] of codes less zero points, float32.
+        targets: batches [..., N], float32.
+        token_weights: batches [...], float32 > 0.
+        moments: of the inputs with these weights.
+        ridge: > 0; the larger the nearer to ``weight``.
+
+    Returns:
+        float32 [N, K].
+    """
+    centre, middle = moments.mean.float(), mean_output(targets).float()
+    cross = torch.zeros_like(weight, dtype=torch.float64)
+    for x, y, a in zip(inputs, targets, token_weights, strict=True):
+        x = (x - centre).flatten(0, -2)
+        left = (y - middle).flatten(0, -2) - x @ weight.t()
+        cross += ((left * a.flatten()[:, None]).t() @ x).double()
+    h = moments.covariance
+    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (ridge * h.diagonal().mean()).clamp_min(1e-30)
+    return weight + torch.linalg.solve(h, cross.t() / moments.mass).t().float()

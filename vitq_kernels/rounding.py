@@ -1,0 +1,143 @@
+"""Weights to codes: the scale of a row, and its rounding against the second moments of the inputs.
+
+Pure functions of tensors; they know the vocabulary and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitq_kernels.quantizers import SCALE_FLOOR
+
+# Fractions of a row's absolute maximum tried as clipping points (methods.md 4: 0.5 to 1.0).
+CLIP_GRID = tuple(0.5 + 0.02 * i for i in range(26))
+DAMP = 0.01  # share of the mean diagonal of the second moments; .001 to .1 measured alike
+BLOCK = 64  # columns updated eagerly before the rest sees one GEMM
+
+
+def weight_scale(weight: Tensor, row_bits: Tensor) -> Tensor:
+    """Symmetric scale per row by least squared error over a grid of clipping points.
+
+    Args:
+        weight: float32 [N, K].
+        row_bits: int [N], width of each row.
+
+    Returns:
+        float32 [N], > 0.
+    """
+    # Codes reach -2^(b-1), so the scale counts half a step more than qmax: the largest weight rounds to qmax or qmin.
+    half_levels = (2.0 ** (row_bits.double() - 1) - 0.5).float()
+    absmax = weight.abs().amax(1).clamp_min(SCALE_FLOOR)
+    best = torch.full_like(absmax, torch.inf)
+    best_scale = absmax / half_levels
+    for fraction in CLIP_GRID:
+        scale = absmax * fraction / half_levels
+        codes = round_to_nearest(weight, scale, row_bits)
+        error = (codes.float() * scale[:, None] - weight).square_().sum(1)
+        best_scale = torch.where(error < best, scale, best_scale)
+        best = torch.minimum(best, error)
+    return best_scale
+
+
+def round_to_nearest(weight: Tensor, scale: Tensor, row_bits: Tensor) -> Tensor:
+    """``clamp(rint(w / scale))`` per row: float32 [N, K] to int8 [N, K]."""
+    limit = (2.0 ** (row_bits.double() - 1)).float()[:, None]
+    return (weight / scale[:, None]).round_().clamp_(-limit, limit - 1).to(torch.int8)
+
+
+def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: float = DAMP) -> Tensor:
+    """Rounds weights column after column, each column's error made good by the columns still to come.
+
+    Minimises ``tr((W - s*Q) H (W - s*Q)^T)`` greedily (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1, with
+    columns in order of falling diagonal).
+
+    Args:
+        weight: float32 [N, K].
+        scale: float32 [N].
+        row_bits: int [N].
+        moment: float64 [K, K], H: second moments of the inputs, in units of the columns.
+        damp: share of the mean diagonal added to the diagonal.
+
+    Returns:
+        int8 [N, K].
+    """
+    diagonal = moment.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    h = damped(moment, damp)[order][:, order]
+    # Upper Cholesky factor U of the inverse: row k holds what an error in column k does to the later ones.
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    work = weight[:, order].clone()
+    codes = torch.empty_like(work, dtype=torch.int8)
+    for start in range(0, work.shape[1], BLOCK):
+        stop = min(start + BLOCK, work.shape[1])
+        errors = torch.empty_like(work[:, start:stop])
+        for k in range(start, stop):
+            codes[:, k] = round_to_nearest(work[:, k : k + 1], scale, row_bits)[:, 0]
+            errors[:, k - start] = (work[:, k] - codes[:, k].float() * scale) / upper[k, k]
+            work[:, k + 1 : stop] -= errors[:, k - start, None] * upper[k, k + 1 : stop]
+        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result
+
+
+def refine(weight: Tensor, scale: Tensor, row_bits: Tensor, codes: Tensor, moment: Tensor, sweeps: int) -> Tensor:
+    """Coordinate descent on the objective of ``gptq``: column after column takes its best code, the others given.
+
+    GPTQ never comes back to a column it has rounded. On ViT-Tiny three sweeps took the KL of uniform W3A8 from 1.005 to
+    .817 and of W4A8 from .177 to .167 (192 images beside the 64 calibrated on); the objective never rises.
+
+    Args:
+        weight: float32 [N, K].
+        scale: float32 [N].
+        row_bits: int [N].
+        codes: int8 [N, K] to start from.
+        moment: float64 [K, K].
+        sweeps: >= 0, passes over all columns.
+
+    Returns:
+        int8 [N, K].
+    """
+    limit = (2.0 ** (row_bits.double() - 1)).float()
+    h = damped(moment, DAMP / 10).float()
+    codes = codes.float()
+    for _ in range(sweeps):
+        for start in range(0, weight.shape[1], BLOCK):
+            stop = min(start + BLOCK, weight.shape[1])
+            gradient = (weight - codes * scale[:, None]) @ h[:, start:stop]
+            for k in range(start, stop):
+                wanted = codes[:, k] + gradient[:, k - start] / (h[k, k] * scale)
+                best = wanted.round().clamp(-limit, limit - 1)
+                gradient += ((codes[:, k] - best) * scale)[:, None] * h[k, start:stop]
+                codes[:, k] = best
+    return codes.to(torch.int8)
+
+
+def damped(moment: Tensor, share: float) -> Tensor:
+    """``moment`` with a share of its mean diagonal added to the diagonal, so that it has an inverse."""
+    # Inputs that never vary have H = 0: any positive diagonal then rounds to nearest, and 1e-30 has an inverse.
+    diagonal = moment.diagonal()
+    return moment + torch.diag_embed((share * diagonal.mean().clamp_min(1e-30)).expand_as(diagonal))
+
+
+def row_errors(weight: Tensor, moment: Tensor, candidates: Sequence[int], use_gptq: bool = True) -> Tensor:
+    """Relative squared output error of each row at each width: float64 [N, len(candidates)].
+
+    Args:
+        weight: float32 [N, K].
+        moment: float64 [K, K], second moments of the inputs.
+        candidates: widths.
+        use_gptq: round by ``gptq``, else to nearest.
+    """
+    energy = ((weight.double() @ moment) * weight).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    columns = []
+    for bits in candidates:
+        row_bits = torch.full((weight.shape[0],), bits, device=weight.device)
+        scale = weight_scale(weight, row_bits)
+        codes = gptq(weight, scale, row_bits, moment) if use_gptq else round_to_nearest(weight, scale, row_bits)
+        error = codes.double() * scale.double()[:, None] - weight
+        columns.append(((error @ moment) * error).sum(1) / energy)
+    return torch.stack(columns, 1)
