@@ -79,6 +79,8 @@ class ComparisonRow:
         """The last column: what came out against the controls, or why nothing did."""
         if self.failure is not None:
             return f"failed: {self.failure}"
+        if not self.verdicts:
+            return "" if self.method == "uniform" else "no control"
         return "; ".join(map(str, self.verdicts))
 
 
