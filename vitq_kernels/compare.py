@@ -25,7 +25,7 @@ from vitq_kernels.calibration import calibrate
 from vitq_kernels.compare_jobs import Job, plan_jobs
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
 from vitq_kernels.convert import quantize
-from vitq_kernels.distributed import in_order
+from vitq_kernels.distributed import from_first, in_order
 from vitq_kernels.models import vit_sites
 from vitq_kernels.planning import measure_errors
 from vitq_kernels.presets import simulate
@@ -204,7 +204,8 @@ class _Bench:
             exponent=1.0,
             seed=job.seed,
         )
-        return allocate_bits(
+        solve = partial(
+            allocate_bits,
             self.sites,
             priced.cost,
             Budget(size_mb=equal_bytes(self.sites, job.weight_bits) / 1e6),
@@ -214,6 +215,7 @@ class _Bench:
             interactions=priced.interactions,
             search="greedy" if job.method == "greedy" else "exact",
         )
+        return from_first(solve)  # by one process: under a time limit others might find others
 
     def _sensitivity(self, pairs: bool) -> Sensitivity:
         """Of the weights. Pairs go on from the file of the sites alone."""
