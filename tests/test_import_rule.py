@@ -34,6 +34,7 @@ ALLOWED = {
     "calibration": ("spec", "config", "files", "models", "observers", "quantizers"),
     "lrp_rules": ("spec",),
     "simulation": ("spec", "models"),
+    "rotation": ("models",),
     "distributed": (),
     "relevance_program": ("spec", "models", "lrp_rules"),
     "fisher": ("lrp_rules",),
