@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from random_vits import VARIANTS, make_images, make_vit
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 
+import vitq_kernels as vitq
+from tests.command_line import make_files, run
 from tests.numerics import assert_bitwise_equal
 from tests.small_vits import quietly, sqnr_db, variant_images, variant_vit
 from vitq_kernels.convert import quantize
@@ -120,6 +124,21 @@ def test_rotated_models_quantize_like_any(variant: str) -> None:
     fresh = variant_images(variant, 32, seed=77)
     with torch.no_grad():
         assert sqnr_db(quantize(rotate(model), images)(fresh), model(fresh)) > 14  # as test_convert.NEAR
+
+
+def test_quantize_rotates_on_the_command_line(tmp_path: Path) -> None:
+    work = make_files(tmp_path)
+    data = ("--checkpoint", work / "float.safetensors", "--calibration", work / "calibration", "--weight-bits", 8)
+    evaluation = ("--images", work / "flat", "--checkpoint", work / "float.safetensors", "--json", work / "e.json")
+    files = [work / name for name in ("plain", "rotated", "again", "other")]
+    for out, words in zip(files, [(), ("--rotate",), ("--rotate",), ("--rotate", "--seed", 1)], strict=True):
+        run("quantize", "vitq_test_tiny", *data, *words, "-o", out)
+        run("eval", out, *evaluation)
+        assert json.loads((work / "e.json").read_text())["agreement"] > 80
+    tokens = [vitq.load(out).cls_token for out in files]
+    assert_bitwise_equal(tokens[1], tokens[2])
+    assert not torch.allclose(tokens[0], tokens[1])
+    assert not torch.allclose(tokens[1], tokens[3])
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

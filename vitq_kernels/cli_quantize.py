@@ -26,6 +26,7 @@ from vitq_kernels.cli_quantized import facts, write_quantized
 from vitq_kernels.costs import CANDIDATES
 from vitq_kernels.planning import choose_activations
 from vitq_kernels.presets import simulate
+from vitq_kernels.rotation import rotate
 from vitq_kernels.sensitivity_runs import sensitivity as measure_sensitivity
 from vitq_kernels.strategies import BY_SENSITIVITY, WITHOUT_SCORES, parts_of, rules_of
 
@@ -60,6 +61,9 @@ def quantize(
     seed: options.Seed = 0,
     batch: options.Batch = 16,
     method: options.Method = None,
+    rotated: Annotated[
+        bool, typer.Option("--rotate", help="rotate the residual stream first, so that no channel stands out")
+    ] = False,
     json_file: options.Json = None,
 ) -> None:
     """Calibrates, allocates if asked to, and quantizes.
@@ -75,6 +79,8 @@ def quantize(
         raise ValueError(f"give exactly one of --weight-bits, --bits and a budget ({BUDGETS})")
     net = float_model(model, checkpoint, pretrained)
     sites = integer_sites(net)
+    if rotated:
+        net = rotate(net, seed)
     if bits is not None:
         widths = allocation_for(sites, bits)
     elif weight_bits is not None:
