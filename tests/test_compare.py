@@ -18,6 +18,7 @@ from vitq_kernels.compare import compare, equal_bytes
 from vitq_kernels.compare_jobs import METHODS, STRATEGIES, Job, plan_jobs
 from vitq_kernels.compare_plot import write_plot
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
+from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.presets import PRESETS
 from vitq_kernels.spec import BitAllocation, default_group_rows
 from vitq_kernels.strategies import BY_ROW
@@ -176,6 +177,20 @@ def test_numbers_are_those_of_evaluate(
     assert row.drop == pytest.approx(expected.float_top1 - expected.top1)
     assert full.float_top1 == expected.float_top1 == pytest.approx(60)
     assert (row.weight_bytes, row.mean_weight_bits) == (widths.weight_bytes(sites), widths.mean_weight_bits(sites))
+
+
+def test_drop_and_agreement_of_a_model_that_suffers() -> None:
+    digits, calibration = load_digits_vit(), digits_images("calibration")[0][:8]
+    images, labels = (each[:60] for each in digits_images("test"))
+    labels[:3] = (labels[:3] + 1) % 10  # the float model has errors too
+    batches = [(images, labels)]
+    row = compare(digits, calibration, batches, pairs=[(2, 2)], methods=["uniform"]).rows[0]
+    qmodel = vitq.quantize(digits, calibration, BitAllocation.uniform(vitq.vit_sites(digits), 2, 2))
+    expected = vitq.evaluate(qmodel, batches, float_model=digits)
+    assert (row.top1, row.agreement) == (expected.top1, expected.agreement)
+    assert row.drop == pytest.approx(expected.float_top1 - expected.top1)
+    assert row.drop > 0
+    assert row.top1 < row.agreement < 100
 
 
 def test_permutations_differ_and_so_do_their_answers(full: Comparison) -> None:
