@@ -202,6 +202,17 @@ def test_permutations_differ_and_so_do_their_answers(full: Comparison) -> None:
     assert mean.verdicts[0].difference == pytest.approx(sum(row.verdicts[0].difference for row in rows) / 3)
 
 
+def test_permutations_of_two_means_are_not_mixed(net: nn.Module, calibration: Tensor, batches: list[Any]) -> None:
+    """Without a uniform row between them."""
+    rows = compare(net, calibration, batches, means=[3.5, 2.5], methods=["random"]).rows
+    assert [(row.weight_bits, "mean of 3" in row.method) for row in rows] == [
+        (bits, mean) for bits in (3.5, 2.5) for mean in (False, False, False, True)
+    ]
+    for *each, mean in (rows[:4], rows[4:]):
+        assert mean.kl == pytest.approx(sum(row.kl for row in each) / 3)
+        assert {row.judgement for row in (*each, mean)} == {"no control"}
+
+
 def test_rows_are_judged_against_their_controls(full: Comparison) -> None:
     uniform, permuted = row_of(full, "uniform"), row_of(full, "random allocation, mean of 3")
     for row in full.rows:

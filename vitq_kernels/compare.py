@@ -100,7 +100,8 @@ def compare(
         rows = [row]
         if job.method == "random":
             permutations += [row] if row.failure is None else []
-            if (index + 1 == len(jobs) or jobs[index + 1].method != "random") and permutations:
+            last = ("random", job.widths) not in [(later.method, later.widths) for later in jobs[index + 1 :]]
+            if last and permutations:
                 kl = torch.stack(kls["random", job.widths]).mean(0)
                 rows.append(_mean_row(permutations, kl, controls))
                 permutations = []
