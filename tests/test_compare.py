@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import vitq_kernels as vitq
 from vitq_kernels import compare as module
+from vitq_kernels import planning
 from vitq_kernels.compare import compare, equal_bytes
 from vitq_kernels.compare_jobs import METHODS, STRATEGIES, Job, plan_jobs
 from vitq_kernels.compare_plot import write_plot
@@ -21,7 +23,7 @@ from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_
 from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.presets import PRESETS
 from vitq_kernels.spec import BitAllocation, default_group_rows
-from vitq_kernels.strategies import BY_ROW
+from vitq_kernels.strategies import BY_ROW, BY_SENSITIVITY, WITHOUT_SCORES, rules_of
 
 MEAN = 3.0
 FAST = ("relevance", "fisher", "lrp-qvit", "sensitivity", "combined", "greedy", "random")
@@ -55,6 +57,23 @@ def batches(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
 def full(net: nn.Module, calibration: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Comparison:
     """Every allocation but mix-qvit at a mean of 3 bits, and two presets."""
     return compare(net, calibration, batches, pairs=[(3, 8)], means=[MEAN], methods=[*FAST, "fq-vit", "repq-vit"])
+
+
+@pytest.fixture
+def rounded_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of conversion, which takes the time of these tests: each row of a weight rounded to its width."""
+
+    def quantize(model: nn.Module, images: Tensor, allocation: BitAllocation, **_: Any) -> nn.Module:
+        result = copy.deepcopy(model)
+        for name, site in allocation.sites.items():
+            if site.weight is not None:
+                weight = result.get_submodule(name).weight
+                top = 2.0 ** (torch.tensor(site.weight.row_bits()) - 1) - 1
+                scale = (weight.flatten(1).abs().amax(1) / top).view(-1, *[1] * (weight.dim() - 1))
+                weight.data = (weight / scale).round() * scale
+        return result
+
+    monkeypatch.setattr(module, "quantize", quantize)
 
 
 def row_of(comparison: Comparison, method: str) -> ComparisonRow:
@@ -151,6 +170,32 @@ def test_allocations_take_the_bytes_of_uniform_and_no_more(net: nn.Module, full:
     assert row_of(full, "uniform").weight_bytes == budget
 
 
+@pytest.fixture(scope="module")
+def bench(net: nn.Module, calibration: Tensor, batches: list[Any]) -> Any:
+    return module._Bench(net, calibration, batches, 16, None)
+
+
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_allocations_are_those_of_allocate(
+    method: Any, net: nn.Module, calibration: Tensor, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = bench.allocation(Job("allocation", method, 2.75, 6, 4))
+    # The same measurements: others of the same images may round otherwise.
+    monkeypatch.setattr(planning, "measure_errors", lambda *_, **__: bench._kept["errors"][0])
+    expected = vitq.allocate(
+        net,
+        None if method in WITHOUT_SCORES else bench._kept[rules_of(method)][0],
+        vitq.Budget(size_mb=equal_bytes(vitq.vit_sites(net), 2.75) / 1e6),
+        images=calibration,
+        strategy=method,
+        sensitivity=[bench._sensitivity(pairs=True)] if method in BY_SENSITIVITY else (),
+        activation_bits=6,
+        seed=4,
+    )
+    assert found.sites == expected.sites
+    assert {"strategy": method, **found.solver} == expected.solver  # also how it was searched
+
+
 def test_presets_take_the_bytes_of_uniform(full: Comparison) -> None:
     presets = [row for row in full.rows if "preset" in row.method]
     assert [row.method.split(" ")[0] for row in presets] == ["fq-vit", "repq-vit", "lrp-qvit"]
@@ -202,6 +247,7 @@ def test_permutations_differ_and_so_do_their_answers(full: Comparison) -> None:
     assert mean.verdicts[0].difference == pytest.approx(sum(row.verdicts[0].difference for row in rows) / 3)
 
 
+@pytest.mark.usefixtures("rounded_only")
 def test_permutations_of_two_means_are_not_mixed(net: nn.Module, calibration: Tensor, batches: list[Any]) -> None:
     """Without a uniform row between them."""
     rows = compare(net, calibration, batches, means=[3.5, 2.5], methods=["random"]).rows
@@ -261,6 +307,7 @@ def test_refuses_images(case: str, message: str, net: nn.Module, calibration: Te
 # What rows share, and rows that fail.
 
 
+@pytest.mark.usefixtures("rounded_only")
 def test_what_rows_share_is_measured_once(
     net: nn.Module, calibration: Tensor, batches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +360,7 @@ def test_seconds_count_what_was_ready(net: nn.Module, calibration: Tensor, monke
 
 
 @pytest.mark.parametrize("failing", ["fisher", "uniform", "random"])
+@pytest.mark.usefixtures("rounded_only")
 def test_a_method_that_fails_does_not_end_the_run(
     failing: str, net: nn.Module, calibration: Tensor, batches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +390,7 @@ def test_a_method_that_fails_does_not_end_the_run(
     assert len(kept) == 6
 
 
+@pytest.mark.usefixtures("rounded_only")
 def test_no_permutation_is_left(net: nn.Module, calibration: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ValueError("no relevance")
@@ -352,6 +401,7 @@ def test_no_permutation_is_left(net: nn.Module, calibration: Tensor, monkeypatch
     assert [row.method for row in result.rows if not row.failure] == ["uniform", "greedy allocation"]
 
 
+@pytest.mark.usefixtures("rounded_only")
 def test_a_sensitivity_cache_is_used(net: nn.Module, calibration: Tensor, tmp_path: Path) -> None:
     cache = tmp_path / "cache.jsonl"
     arguments: Any = (net, calibration, [(calibration, None)])
