@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tests.numerics import assert_bitwise_equal
 from tests.small_vits import small_vit, sqnr_db, variant_images
-from vitq_kernels.calibration import input_covariances
+from vitq_kernels.calibration import calibrate, input_covariances
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.latency import KernelTime, KernelTimes
 from vitq_kernels.models import vit_sites
 from vitq_kernels.planning import CANDIDATES, allocate, measure_errors
+from vitq_kernels.quantizers import affine_quantizer
 from vitq_kernels.relevance import Relevance, relevance
 from vitq_kernels.rounding import gptq, round_to_nearest, weight_scale
 from vitq_kernels.sensitivity import Sensitivity
@@ -78,9 +80,14 @@ def test_errors_are_those_of_the_outputs(suffix: str, bits: int, model: nn.Modul
         model(IMAGES)
         handle.remove()
         row_bits = torch.full((linear.out_features,), bits)
-        scale = weight_scale(linear.weight, row_bits)
-        codes = gptq(linear.weight, scale, row_bits, input_covariances(model, IMAGES)[name])
-        expected = direct_error(linear.weight, codes, scale, seen[0])
+        kind = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}[suffix]
+        low, high = calibrate(model, IMAGES).inputs[name].choose(8, QuantConfig())
+        units = affine_quantizer(low, high, 8, QuantConfig().exponent(kind, 8)).scale  # of the columns
+        folded = linear.weight * units
+        scale = weight_scale(folded, row_bits)
+        covariance = input_covariances(model, IMAGES)[name] / units.double() / units.double()[:, None]
+        codes = gptq(folded, scale, row_bits, covariance)
+        expected = direct_error(folded, codes, scale, seen[0] / units.double())
     np.testing.assert_allclose(errors[name][:, bits - 2], expected.numpy(), rtol=1e-3)
 
 

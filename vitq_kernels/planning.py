@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.allocation import COUPLED, allocate_bits
-from vitq_kernels.calibration import block_linears, input_covariances
+from vitq_kernels.calibration import block_linears, calibrate, image_batches, input_covariances
+from vitq_kernels.config import QuantConfig
 from vitq_kernels.costs import CANDIDATES
 from vitq_kernels.latency import KernelTimes
 from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.quantizers import affine_quantizer
 from vitq_kernels.relevance import Relevance
 from vitq_kernels.rounding import row_errors
 from vitq_kernels.sensitivity import Sensitivity
@@ -27,24 +29,33 @@ def measure_errors(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | None,
     *,
+    activation_bits: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Relative squared output error of every row of the block linears at every width 2..8.
 
-    With images the error is measured by the covariance of the linear's inputs and weights are rounded as conversion
-    rounds them (GPTQ); without, inputs count as white and weights round to nearest.
+    With images the error is measured by the covariance of the linear's inputs, and weights are rounded as conversion
+    rounds them: by GPTQ, columns in the scales of input codes of ``activation_bits`` (with unscaled columns mixed widths
+    had a KL of .549 instead of .517 at a mean of 3 bits). Without, inputs count as white and weights round to nearest.
 
     Returns:
         Site name to float64 [N, 7].
     """
-    covariances = None if images is None else input_covariances(model, images)
-    linears = [(f"{b.name}.{suffix}", module) for b in vit_parts(model).blocks for suffix, module in block_linears(b)]
+    linears = {f"{b.name}.{suffix}": module for b in vit_parts(model).blocks for suffix, module in block_linears(b)}
+    if images is not None:
+        batches = image_batches(images, 16, next(iter(linears.values())).weight.device)
+        covariances, stats, config = input_covariances(model, batches), calibrate(model, batches), QuantConfig()
+    kinds = {site.name: site.kind for site in vit_sites(model)}
     errors = {}
-    for done, (name, module) in enumerate(linears, start=1):
+    for done, (name, module) in enumerate(linears.items(), start=1):
         weight = module.weight.detach().float()
-        white = torch.eye(module.in_features, dtype=torch.float64, device=weight.device)
-        moment = white if covariances is None else covariances[name]
-        errors[name] = row_errors(weight, moment, CANDIDATES, use_gptq=covariances is not None).cpu().numpy()
+        if images is None:
+            moment = torch.eye(module.in_features, dtype=torch.float64, device=weight.device)
+        else:
+            low, high = stats.inputs[name].choose(activation_bits, config)
+            scale = affine_quantizer(low, high, activation_bits, config.exponent(kinds[name], activation_bits)).scale
+            weight, moment = weight * scale, covariances[name] / torch.outer(scale, scale).double()
+        errors[name] = row_errors(weight, moment, CANDIDATES, use_gptq=images is not None).cpu().numpy()
         if progress:
             progress(done, len(linears))
     return errors
@@ -130,7 +141,7 @@ def allocate(
         strategy,
         scores,
         given,
-        lambda: measure_errors(model, images, progress=progress),
+        lambda: measure_errors(model, images, activation_bits=activation_bits, progress=progress),
         candidates=candidates,
         activation_candidates=activation_candidates,
         tied=tied,
