@@ -301,7 +301,7 @@ def test_groups_are_runs_of_the_rows_sorted_inside_a_tile(rows: int) -> None:
     bits = allocate_bits(model(*linears), cost, Budget(3.3))
     weight = bits.sites["a"].weight
     of_row = weight.row_bits()
-    size = 64 if rows >= 512 else 32 if rows >= 128 else 16
+    size = 64 if rows >= 1024 else 32 if rows >= 128 else 16
     groups = sorted_groups(np.minimum.accumulate(cost["a"], axis=1), size)
     widths = [{of_row[row] for row in group} for group in groups]
     assert all(len(width) == 1 for width in widths)

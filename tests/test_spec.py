@@ -105,7 +105,7 @@ def test_which_sites_have_weights_and_are_in_blocks() -> None:
     assert [site.in_block for site in SITES] == [False, True, True, True, True, False]
 
 
-@pytest.mark.parametrize(("rows", "group"), [(1, 16), (127, 16), (128, 32), (511, 32), (512, 64), (3072, 64)])
+@pytest.mark.parametrize(("rows", "group"), [(1, 16), (127, 16), (128, 32), (1023, 32), (1024, 64), (3072, 64)])
 def test_default_group_rows(rows: int, group: int) -> None:
     assert default_group_rows(rows) == group
 

@@ -51,8 +51,8 @@ class QuantConfig:
     def exponent(self, kind: SiteKind, bits: int) -> float:
         """Of the input of a linear of a kind, with activations of a width.
 
-        Wide activations have resolution to spare and leave the weights their columns; narrow ones need it all. ViT-Tiny,
-        W6A6: KL .064 with .5 for both, .059 with .75; W4A8: .144 with .5, .157 with 1 and .75.
+        Wide activations have resolution to spare and leave the weights their columns; narrow ones need it all. KL
+        of ViT-Tiny at W6A6: .064 with .5 for both, .059 with .75; at W4A8: .144 with .5, .157 with 1 and .75.
         """
         after_norm, value = (0.5, 0.5) if bits > 6 else (0.75, 0.75) if bits == 6 else (1.0, 0.75)
         after_norm = after_norm if self.reparam_exponent is None else self.reparam_exponent
