@@ -64,7 +64,7 @@ def compare(
     here than published for that reason.
 
     Args:
-        model: a timm VisionTransformer, all of whose parts have sites; on the device to work on.
+        model: a timm VisionTransformer, all of whose parts have sites; on the device to work on. Put in eval mode.
         calibration: images float [n, C, H, W], normalised as the model expects.
         batches: (images, labels int64 [b] or None) to evaluate on, at least 2 images; gone through once a row. In an
             initialised process group they are shared between the processes (distributed.py).
