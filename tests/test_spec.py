@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +18,6 @@ from vitq_kernels.spec import (
     MIN_BITS,
     BitAllocation,
     Budget,
-    Observer,
-    QuantConfig,
     QuantFormat,
     RowGroups,
     Site,
@@ -332,22 +330,3 @@ def test_a_budget_needs_a_limit() -> None:
 def test_a_limit_must_be_a_positive_number(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^Budget.{name} must be a positive number, got {re.escape(repr(value))}$"):
         Budget(**{"mean_weight_bits": 4, name: value})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"observer": "max"}, r"QuantConfig.observer must be one of \('minmax', 'percentile', 'mse'\), got 'max'"),
-        ({"percentile": 0.5}, r"QuantConfig.percentile must be in \(0.5, 1\], got 0.5"),
-        ({"percentile": 1.01}, r"QuantConfig.percentile must be in \(0.5, 1\], got 1.01"),
-        ({"percentile": math.nan}, r"QuantConfig.percentile must be in \(0.5, 1\], got nan"),
-    ],
-)
-def test_a_bad_configuration_is_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        QuantConfig(**arguments)
-
-
-@pytest.mark.parametrize("observer", get_args(Observer))
-def test_every_observer_is_taken(observer: Observer) -> None:
-    assert QuantConfig(observer=observer, percentile=1.0).observer == observer
