@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,6 @@ from small_vits import variant_images, variant_vit
 from torch import Tensor, nn
 
 import vitq_kernels as vitq
-from vitq_kernels import compare as module
 from vitq_kernels import planning
 from vitq_kernels.compare import compare, equal_bytes
 from vitq_kernels.compare_jobs import METHODS, STRATEGIES, Job, plan_jobs
@@ -24,6 +24,8 @@ from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.presets import PRESETS
 from vitq_kernels.spec import BitAllocation, default_group_rows
 from vitq_kernels.strategies import BY_ROW, BY_SENSITIVITY, WITHOUT_SCORES, rules_of
+
+module = importlib.import_module("vitq_kernels.compare")  # the package's attribute of this name is the function
 
 MEAN = 3.0
 FAST = ("relevance", "fisher", "lrp-qvit", "sensitivity", "combined", "greedy", "random")
@@ -181,7 +183,7 @@ def test_allocations_are_those_of_allocate(
 ) -> None:
     found = bench.allocation(Job("allocation", method, 2.75, 6, 4))
     # The same measurements: others of the same images may round otherwise.
-    monkeypatch.setattr(planning, "measure_errors", lambda *_, **__: bench._kept["errors"][0])
+    monkeypatch.setattr(planning, "measure_errors", lambda *_, **__: bench._kept["errors at A6"][0])
     expected = vitq.allocate(
         net,
         None if method in WITHOUT_SCORES else bench._kept[rules_of(method)][0],
@@ -193,7 +195,7 @@ def test_allocations_are_those_of_allocate(
         seed=4,
     )
     assert found.sites == expected.sites
-    assert {"strategy": method, **found.solver} == expected.solver  # also how it was searched
+    assert found.solver == expected.solver  # also how it was searched
 
 
 def test_presets_take_the_bytes_of_uniform(full: Comparison) -> None:

@@ -20,20 +20,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.allocation import allocate_bits
 from vitq_kernels.calibration import calibrate
 from vitq_kernels.compare_jobs import Job, plan_jobs
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
 from vitq_kernels.convert import quantize
 from vitq_kernels.distributed import from_first, in_order
 from vitq_kernels.models import vit_sites
-from vitq_kernels.planning import measure_errors
+from vitq_kernels.planning import allocate, measure_errors
 from vitq_kernels.presets import simulate
 from vitq_kernels.relevance import relevance
 from vitq_kernels.sensitivity import Sensitivity
 from vitq_kernels.sensitivity_runs import sensitivity
 from vitq_kernels.spec import BitAllocation, Budget, Site
-from vitq_kernels.strategies import BY_ROW, BY_SENSITIVITY, WITHOUT_SCORES, price, rules_of
+from vitq_kernels.strategies import BY_ROW, BY_SENSITIVITY, WITHOUT_SCORES, rules_of
 
 T = TypeVar("T")
 Batches = Sequence[tuple[Tensor, Tensor | None]]
@@ -192,29 +191,22 @@ class _Bench:
                 rules,
                 lambda: relevance(self.model, self.images, method=rules, batch_size=self.batch_size),  # type: ignore[arg-type]
             )
-        priced = price(
-            self.sites,
-            job.method,  # type: ignore[arg-type]
-            scores,
-            [self._sensitivity(pairs=job.method == "mix-qvit")] if job.method in BY_SENSITIVITY else [],
-            lambda: self._once("errors", lambda: measure_errors(self.model, self.images)),
-            candidates=None,
-            activation_candidates=None,
-            tied=False,
-            chosen_activations=False,
-            exponent=1.0,
-            seed=job.seed,
-        )
+        errors = None
+        if job.method in BY_ROW:
+            bits = job.activation_bits
+            errors = self._once(
+                f"errors at A{bits}", lambda: measure_errors(self.model, self.images, activation_bits=bits)
+            )
         solve = partial(
-            allocate_bits,
-            self.sites,
-            priced.cost,
+            allocate,
+            self.model,
+            scores,
             Budget(size_mb=equal_bytes(self.sites, job.weight_bits) / 1e6),
             activation_bits=job.activation_bits,
-            candidates=priced.candidates,
-            granularity="rows" if job.method in BY_ROW else "layer",
-            interactions=priced.interactions,
-            search="greedy" if job.method == "greedy" else "exact",
+            errors=errors,
+            strategy=job.method,  # type: ignore[arg-type]
+            sensitivity=[self._sensitivity(pairs=job.method == "mix-qvit")] if job.method in BY_SENSITIVITY else (),
+            seed=job.seed,
         )
         return from_first(solve)  # by one process: under a time limit others might find others
 
