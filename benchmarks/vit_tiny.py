@@ -39,6 +39,8 @@ class VitTiny:
         self.images: Tensor = load_folder(assets / "calibration", transform, CALIBRATION_IMAGES, SEED)[0]
         self.batches = list(ImageFolder.scan(assets / "evaluation").batches(transform, 20))
         self.stats = vitq.calibrate(self.model, self.images)
+        with torch.inference_mode():
+            self._answers = {images.data_ptr(): self.model(images) for images, _ in self.batches}
 
     def measure(
         self, case: Mapping[str, Any], plan: vitq.BitAllocation, config: vitq.QuantConfig | None = None
@@ -47,7 +49,7 @@ class VitTiny:
         start = time.perf_counter()
         qmodel = vitq.quantize(self.model, self.images, plan, stats=self.stats, config=config)
         seconds = time.perf_counter() - start
-        result = vitq.evaluate(qmodel, self.batches, float_model=self.model)
+        result = vitq.evaluate(qmodel, self.batches, float_model=lambda images: self._answers[images.data_ptr()])
         row = {
             "model": MODEL,
             **case,
