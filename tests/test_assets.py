@@ -61,15 +61,29 @@ def test_w8a8_loses_at_most_a_point(w8a8: Quantized, assets: Path) -> None:
     assert result["agreement"] >= 94.0
 
 
-def test_uniform_w4a8_agrees_on_82_percent(assets: Path, tmp_path: Path) -> None:
-    out = tmp_path / "w4a8.safetensors"
+@pytest.mark.parametrize(
+    ("bits", "agreement", "kl"),
+    [((6, 6), 92.0, 0.08), ((4, 8), 87.0, 0.14), ((4, 4), 71.0, 0.75), ((3, 8), 72.0, 0.70)],
+    ids=["w6a6", "w4a8", "w4a4", "w3a8"],
+)
+def test_narrow_widths_stay_near_the_float_model(
+    bits: tuple[int, int], agreement: float, kl: float, assets: Path, tmp_path: Path
+) -> None:
+    """Measured, in this order: 94.25, 89.00, 77.25, 76.25 % and KL .042, .114, .564, .529.
+
+    Rounding differs between processors, and then some images near a decision flip: W4A8's agreement, which is 89 with
+    nothing to spare, has eight of them.
+    """
+    out = tmp_path / "narrow.safetensors"
     data = ("--checkpoint", assets / WEIGHTS, "--calibration", assets / "calibration")
-    run("quantize", MODEL, *data, "--weight-bits", 4, "--act-bits", 8, "-o", out)
+    run("quantize", MODEL, *data, "--weight-bits", bits[0], "--act-bits", bits[1], "-o", out)
     result = evaluated(out, assets)
-    assert result["agreement"] >= 82.0
-    # Patch embedding and head have 8 bits; 12 blocks of qkv, proj, fc1 and fc2 have 4.
-    assert result["weight_bytes"] == 192 * 768 + 1000 * 192 + 12 * 192 * (3 * 192 + 192 + 2 * 768) * 4 // 8
-    assert result["mean_weight_bits"] == 4
+    assert result["agreement"] >= agreement
+    assert result["kl"] <= kl
+    # Patch embedding and head have 8 bits; 12 blocks of qkv, proj, fc1 and fc2 have fewer.
+    weights = 12 * 192 * (3 * 192 + 192 + 2 * 768)
+    assert result["weight_bytes"] == 192 * 768 + 1000 * 192 + weights * bits[0] // 8
+    assert result["mean_weight_bits"] == bits[0]
 
 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
