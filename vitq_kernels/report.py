@@ -248,7 +248,9 @@ def _scatter(data: ReportData) -> str:
 
 
 def _facts(data: ReportData) -> str:
-    solver = {f"allocation: {key}": _plain(value) for key, value in data.allocation.solver.items()}
+    # "moves" is a table of its own, a row a site: what `vitq allocate` prints of it does not fit among facts.
+    told = {key: value for key, value in data.allocation.solver.items() if key != "moves"}
+    solver = {f"allocation: {key}": _plain(value) for key, value in told.items()}
     notes = "".join(f"<li>{escape(note)}</li>" for note in data.notes)
     pairs = "".join(
         f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in {**data.facts, **solver}.items()
