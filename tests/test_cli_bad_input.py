@@ -146,7 +146,7 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     ),
     "method-unknown": (
         "score vitq_test_tiny --method lime --calibration {work}/calibration " + FLOAT,
-        r"--method must be one of attnlrp, chefer, got 'lime'",
+        r"--method must be one of attnlrp, chefer, fisher, got 'lime'",
     ),
     "tokens-unknown": (
         "score vitq_test_tiny --tokens some --calibration {work}/calibration " + FLOAT,

@@ -108,11 +108,9 @@ def test_inputs_have_the_scales_of_conversion(bits: int, model: nn.Module, quant
     config = quantizers.config
     allocation = BitAllocation.uniform(vit_sites(model), bits, bits)
     converter = Converter(quantizers.parts, quantizers.stats, allocation, config, [])
-    exponents = {"attn.qkv": config.reparam_exponent, "attn.proj": config.value_exponent}
-    exponents |= {"mlp.fc1": config.reparam_exponent, "mlp.fc2": config.gelu_exponent}
-    for suffix, exponent in exponents.items():
+    for suffix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         site = site_of(model, f"blocks.0.{suffix}")
-        expected, found = converter.quantizer(site.name, exponent), quantizers.input_quantizer(site, bits)
+        expected, found = converter.quantizer(site.name, site.kind), quantizers.input_quantizer(site, bits)
         assert torch.equal(found.scale, expected.scale)
         assert torch.equal(found.zero_point, expected.zero_point)
         form = quantizers.form(site, bits).quantizers[f"{site.name}.input"]
