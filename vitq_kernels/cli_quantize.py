@@ -64,6 +64,9 @@ def quantize(
     rotated: Annotated[
         bool, typer.Option("--rotate", help="rotate the residual stream first, so that no channel stands out")
     ] = False,
+    reconstruct: Annotated[
+        int, typer.Option(callback=options.whole(0), help="iterations that fit each block's scales and biases; 0: none")
+    ] = 0,
     json_file: options.Json = None,
 ) -> None:
     """Calibrates, allocates if asked to, and quantizes.
@@ -77,6 +80,8 @@ def quantize(
     limits = budget(mean_weight_bits, size_mb, bitops, mean_act_bits, latency_ms)
     if sum((weight_bits is not None, limits is not None, bits is not None)) != 1:
         raise ValueError(f"give exactly one of --weight-bits, --bits and a budget ({BUDGETS})")
+    if method is not None and reconstruct:
+        raise ValueError("--reconstruct fits integer blocks, --method makes none")
     net = float_model(model, checkpoint, pretrained)
     sites = integer_sites(net)
     if rotated:
@@ -93,7 +98,8 @@ def quantize(
         widths = allocated(net, images, limits, plan, seed, batch)
     with Bar("quantizing", len(sites)) as progress:
         if method is None:
-            qmodel = vitq.quantize(net, images, widths, batch_size=batch, progress=progress)
+            config = vitq.QuantConfig(reconstruction=reconstruct)
+            qmodel = vitq.quantize(net, images, widths, config=config, batch_size=batch, progress=progress)
         elif weight_bits is None:
             qmodel = simulate(net, images, method, allocation=widths, seed=seed, batch_size=batch, progress=progress)
         else:

@@ -12,7 +12,7 @@ from vitq_kernels.calibration import CalibrationStats
 from vitq_kernels.compensation import BlockOutputs, compensated, float_block, mean_output
 from vitq_kernels.config import LEVEL_BITS, MINMAX_BITS, QuantConfig
 from vitq_kernels.folding import FoldedLinear, fold_linear
-from vitq_kernels.levels import HIGHEST, LevelHistogram
+from vitq_kernels.levels import LevelHistogram, level_scale
 from vitq_kernels.models import BlockParts, VitParts
 from vitq_kernels.nn import (
     QuantAttention,
@@ -26,13 +26,13 @@ from vitq_kernels.nn import (
 )
 from vitq_kernels.observers import InputMoments
 from vitq_kernels.quantizers import (
-    SCALE_FLOOR,
     AffineQuantizer,
     affine_quantizer,
     log2_levels,
     log2_steps,
     query_key_scales,
 )
+from vitq_kernels.reconstruction import reconstruct
 from vitq_kernels.spec import MAX_BITS, MIN_BITS, BitAllocation, SiteKind
 
 # Channels of the last MLP and of the pooled features answer to single classes, and a few dozen images do not show most
@@ -153,13 +153,18 @@ class Converter:
 
     def block(self, block: BlockParts, stream: Stream) -> QuantBlock:
         """A transformer block, given the residual stream that enters it; the stream comes out behind the block."""
-        wanted = [float_block(block, x) for x in self.float_stream]
+        wanted, entering = [float_block(block, x) for x in self.float_stream], list(stream)
         norm1, q1 = self.layernorm(block.norm1, f"{block.name}.attn.qkv", "qkv")
         attn = self.attention(block, q1, [norm1(x) for x in stream], stream, wanted)
         norm2, q2 = self.layernorm(block.norm2, f"{block.name}.mlp.fc1", "fc1")
         mlp = self.mlp(block, q2, [norm2(x) for x in stream], stream, wanted)
         self.float_stream = [block.out for block in wanted]
-        return QuantBlock(norm1, attn, norm2, mlp)
+        result = QuantBlock(norm1, attn, norm2, mlp)
+        if entering and self.config.reconstruction:
+            weights = [self.token_weights(x) for x in entering]
+            reconstruct(result, entering, self.float_stream, weights, self.config.reconstruction)
+            stream[:] = map(result, entering)
+        return result
 
     def layernorm(self, norm: nn.LayerNorm, site: str, kind: SiteKind) -> tuple[QuantLayerNorm, AffineQuantizer]:
         """S3 for the input of ``site``: channel-wise scales cost nothing, the site's columns carry them."""
@@ -258,7 +263,7 @@ class Converter:
         """
         site = f"{block.name}.mlp.fc2"
         ranges = self.stats.inputs[site]
-        scale = torch.maximum(ranges.low[-1].abs(), ranges.high[-1].abs()).clamp_min(SCALE_FLOOR * HIGHEST) / HIGHEST
+        scale = level_scale(ranges.low[-1], ranges.high[-1])
         hidden = AffineQuantizer(scale, torch.zeros_like(scale, dtype=torch.int32), MAX_BITS)
         channel_weight = (block.fc2.weight.detach().float() * scale).square().sum(0)
         real = self.real_linear(folded, None)

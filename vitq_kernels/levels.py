@@ -8,8 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitq_kernels.quantizers import SCALE_FLOOR
+
 LOWEST, HIGHEST = -128, 127  # a level is an int8
 FINE = 8  # bins of the histogram a unit
+
+
+def level_scale(low: Tensor, high: Tensor) -> Tensor:
+    """Real units per unit of a level, float32 [C]: the largest magnitude of a channel's range [low, high] is 127."""
+    return torch.maximum(low.abs(), high.abs()).clamp_min(SCALE_FLOOR * HIGHEST) / HIGHEST
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import calibrate, input_covariances
-from vitq_kernels.config import QuantConfig
+from vitq_kernels.config import LEVEL_BITS, QuantConfig
+from vitq_kernels.levels import LevelHistogram, level_scale
 from vitq_kernels.models import vit_parts
 from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer, log2_levels, log2_steps, query_key_scales
 from vitq_kernels.rounding import gptq, round_to_nearest, weight_scale
@@ -30,6 +31,20 @@ class FakeAffine(nn.Module):
         """Float, same shape."""
         codes = (x / self.scale).add_(self.zero_point).round_().clamp_(self.format.qmin, self.format.qmax)
         return codes.sub_(self.zero_point).mul_(self.scale)
+
+
+class FakeLevels(nn.Module):
+    """The nearest of a few integer levels, in units of ``scale`` by channel (semantics S2, gelu levels)."""
+
+    def __init__(self, scale: Tensor, levels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)  # [K]
+        self.register_buffer("levels", levels.float())  # [2^bits], ascending
+        self.register_buffer("thresholds", (self.levels[1:] + self.levels[:-1]) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [..., K], same shape."""
+        return self.levels[torch.searchsorted(self.thresholds, x / self.scale, right=True)].to(x.dtype) * self.scale
 
 
 class FakeLog2(nn.Module):
@@ -76,6 +91,9 @@ class SiteQuantizers:
         self.config = config
         self.stats = calibrate(model, batches)
         self.covariances = {} if part == "activation" else input_covariances(model, batches)
+        self.histograms: dict[str, LevelHistogram] = {}
+        if part != "weight" and config.gelu_levels:
+            self._watch_gelu(model, batches)
 
     def form(self, site: Site, bits: int | None) -> SiteForm:
         """Of the part that is looked at; ``bits`` None for float. The other part stays as it is in float."""
@@ -102,8 +120,43 @@ class SiteQuantizers:
         exponent = config.exponent(site.kind, bits)
         return affine_quantizer(*self.stats.inputs[site.name].choose(bits, config), bits, exponent)
 
-    def input(self, site: Site, bits: int) -> FakeAffine:
-        """``input_quantizer`` in float form."""
+    def _watch_gelu(self, model: nn.Module, batches: list[Tensor]) -> None:
+        """Histograms of what enters every fc2, as conversion makes them of its own stream."""
+        handles = []
+        for block in self.parts.blocks:
+            site = f"{block.name}.mlp.fc2"
+            histogram, scale = self.histograms.setdefault(site, LevelHistogram()), self.level_scale(site)
+            channels = (block.fc2.weight.detach().float() * scale).square().sum(0)
+
+            def hook(
+                _: nn.Module,
+                args: tuple[Tensor, ...],
+                histogram: LevelHistogram = histogram,
+                scale: Tensor = scale,
+                channels: Tensor = channels,
+            ) -> None:
+                tokens = torch.ones(args[0].shape[:-1], device=args[0].device)
+                tokens[:, : self.parts.read_tokens] = self.config.class_token_weight
+                histogram.add(args[0].float() / scale, tokens[..., None] * channels)
+
+            handles.append(block.fc2.register_forward_pre_hook(hook))
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def level_scale(self, site: str) -> Tensor:
+        """Of an fc2's inputs, [K]."""
+        return level_scale(self.stats.inputs[site].low[-1], self.stats.inputs[site].high[-1])
+
+    def input(self, site: Site, bits: int) -> nn.Module:
+        """What conversion makes of a linear's input: levels for few bits after GELU, else ``input_quantizer``."""
+        if bits <= LEVEL_BITS and site.name in self.histograms:
+            scale = self.level_scale(site.name)
+            return FakeLevels(scale, self.histograms[site.name].best_levels(1 << bits).to(scale.device))
         quantizer = self.input_quantizer(site, bits)
         shape = (-1, 1, 1) if site.kind == "patch_embed" else (-1,)
         return FakeAffine(quantizer.scale.view(shape), quantizer.zero_point.view(shape), bits)
