@@ -4,8 +4,9 @@ Conversion fits one linear after another to that linear's own output. Here gradi
 of activations included, move the multipliers and biases of its four linears (the objective of BRECQ, Li et al. 2021,
 arXiv:2102.05426). The integer form stays what it is. The codes of the weights stay too: moved as well, in the manner of
 AdaRound (Nagel et al. 2020, arXiv:2004.10568), they fitted the 64 calibration images and not new ones. ViT-Tiny W4A4,
-squared error behind the second block: .0415 and .0429 (calibration, new images) before, .0349 and .0413 with codes and
-biases, .0366 and .0383 with scales and biases.
+40 iterations, squared error behind the second block: .0415 and .0429 (calibration, new images) before, .0349 and .0413
+with codes and biases, .0373 and .0391 with scales and biases. The logits gain nothing that 192 images could show: KL
+changes by +.028 +- .046 at W4A4 and by -.049 +- .039 at W3A8 (paired standard errors).
 """
 
 from __future__ import annotations
