@@ -53,7 +53,7 @@ def write_plot(comparison: Comparison, path: Path) -> None:
             axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes[-1].xaxis.set_minor_locator(NullLocator())
         axes[-1].set_xlabel(
-            "KL from the float model in nats ± standard error; dark: beats its controls, hollow: simulated"
+            "KL from the float model in nats ± standard error\ndark: beats its controls, hollow: simulated"
         )
         with replaced_file(path) as temporary:
             figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=_METADATA[suffix])
