@@ -17,7 +17,7 @@ from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_real
 from vitq_kernels.ops import reference
 from vitq_kernels.packing import PackedWeight, unpack_weight
 
-EXACT_OPS = {"quantize", "quantize_per_token", "linear_codes", "attention"}  # docs/semantics.md; the others are bounded
+EXACT_OPS = {"quantize", "quantize_patches", "quantize_per_token", "linear_codes", "attention"}  # docs/semantics.md
 
 
 @dataclass(frozen=True)

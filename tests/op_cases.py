@@ -28,6 +28,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (M, K, N, weight bits): one token, odd everything, tails of every tile size, a ViT row count, ViT-B's fc2 depth.
 LINEAR_SHAPES = ((1, 32, 8, 8), (3, 5, 10, 2), (17, 147, 72, 3), (197, 65, 1000, 6), (4, 3072, 9, 8))
 LINEAR_BITS = (8, 4, 8, 6, 8)  # of the outputs, shape by shape
+# (B, C, H, W, patch height, patch width): a ViT's patches cut out of more, one channel, odd everything, one patch.
+IMAGE_SHAPES = ((2, 3, 37, 50, 16, 16), (3, 1, 19, 26, 4, 6), (1, 3, 23, 15, 7, 5), (1, 2, 9, 11, 9, 8))
 ROW_SHAPES = ((1, 192), (3, 5), (17, 147), (197, 384))  # (M, K)
 # (B, H, S, D, log2 bits, tau): tau = 0.5 and 3 bits keep the last levels far from 0; S = 577 passes 2^24 in o.
 ATTENTION_SHAPES = (
@@ -112,6 +114,20 @@ def _row_cases(op: str, tail: Callable[[Tensor, int], dict[str, Any]], kinds: Se
     return result
 
 
+def _patch_cases() -> list[Case]:
+    names = inspect.signature(reference.quantize_patches).parameters
+    result = []
+    for number, (b, c, h, w, ph, pw) in enumerate(IMAGE_SHAPES):
+        for kind in REAL_KINDS:
+            dtype = DTYPES[(number + len(result)) % 3]
+            image = reals(kind, (b, c, h, w), dtype, seed=h)
+            tail = _quantize_tail(torch.empty(c * ph * pw), number)
+            known = {"image": image, "patch_height": ph, "patch_width": pw} | tail
+            label = f"{b}x{c}x{h}x{w}-p{ph}x{pw}-{kind}-{str(dtype).removeprefix('torch.')}"
+            result.append(Case("quantize_patches", label, {name: known[name] for name in names}))
+    return result
+
+
 def _norm_tail(gain: str, offset: str, with_residual: bool = False) -> Callable[[Tensor, int], dict[str, Any]]:
     def tail(x: Tensor, number: int) -> dict[str, Any]:
         residual = {"residual": reals("normal", x.shape, x.dtype, seed=5)} if with_residual else {}
@@ -123,7 +139,9 @@ def _norm_tail(gain: str, offset: str, with_residual: bool = False) -> Callable[
     return tail
 
 
-def attention_case(b: int, h: int, s: int, d: int, log2_bits: int, tau: float, kind: str, number: int) -> Case:
+def attention_case(
+    b: int, h: int, s: int, d: int, log2_bits: int, tau: float, kind: str, number: int, normalised: bool = False
+) -> Case:
     """Attention whose log2 codes fill their range; bias: none, per head, or a mask with -2^29 in it."""
     q, k, v = (codes(kind, (b, h, s, d), seed=10 + i) for i in range(3))
     bias_q: Tensor | None = None
@@ -145,9 +163,11 @@ def attention_case(b: int, h: int, s: int, d: int, log2_bits: int, tau: float, k
         "multiplier": uniform(0.5, 2.0, (h, d), seed=16) * 2.0 ** (bits - 8),
         "zero_point": zero_points((h, d), bits, 17),
         "bias_q": bias_q,
+        "inv_tau": uniform(0.7, 1.3, (h,), seed=18) / tau if normalised else None,
         "bits": bits,
     }
-    return Case("attention", f"{b}x{h}x{s}x{d}-p{log2_bits}-{kind}", arguments)
+    form = "-normalised" if normalised else ""
+    return Case("attention", f"{b}x{h}x{s}x{d}-p{log2_bits}-{kind}{form}", arguments)
 
 
 def near_tie_attention() -> Case:
@@ -164,9 +184,35 @@ def near_tie_attention() -> Case:
     multiplier = (tie * total / out.abs().clamp_min(1)).float()
     zeros = torch.zeros(1, h, s, d, dtype=torch.int8)
     zero_point = integers(-20, 20, (h, d), seed=42)
-    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, 8)
+    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, None, 8)
     names = inspect.signature(reference.attention).parameters
     return Case("attention", "near-ties", dict(zip(names, arguments, strict=True)))
+
+
+def near_tie_normalised_attention() -> Case:
+    """The normalised form where every rounding shows, in every channel an output beside a tie.
+
+    Levels of 0 make Z twice ``levels[0]`` (three times in head 2), so that the offset is inv_tau (log2(3) of it). In
+    heads 0 and 1 product and offset in one rounding come out on the other side of a tie, in head 2 a logarithm in
+    float32 does, in head 3 ties are exact.
+    """
+    h, s, d = 4, 6, 32
+    rows = [[0] * 2 + [729004] * 4, [0] * 2 + [1262867] * 4, [0, 0, 0, 7, 7, 7], [0, 0, 1, 1, 2, 2]]
+    distances = torch.tensor(rows, dtype=torch.int32)
+    bias_q = -torch.stack([distances.roll(i, 1) for i in range(s)], 1).unsqueeze(0)
+    kappa = torch.tensor([9895520 * 2.0**-42, 15804805 * 2.0**-42, 1.0, 1.0])
+    inv_tau = torch.tensor([7212149 * 2.0**-23, 8067870 * 2.0**-23, 95267208 * 2.0**-25, 0.5])
+    last_codes = ((0, 77, 50, 30, 13, 7), (33, 77, 50, 0, 13, 7), (33, 77, 50, 5, 13, 0), (0, 77, 50, 5, 13, 0))
+    levels = torch.tensor([[200, 0 if i == 3 else 9, *codes] for i, codes in enumerate(last_codes)], dtype=torch.uint8)
+    v = codes("random", (1, h, s, d), seed=43)
+    second = torch.tensor([[0, 0, 2, 2, 2, 2], [0, 0, 6, 6, 6, 6], [5, 5, 5, 7, 7, 7], [0, 0, 2, 2, 2, 2]])
+    out = reference.int_matmul(levels.gather(1, second).int().unsqueeze(1), v[0])[:, 0].double()
+    multiplier = ((integers(0, 99, (h, d), seed=44) + 0.5) * 200 / out.abs().clamp_min(1)).float()
+    zeros = torch.zeros(1, h, s, d, dtype=torch.int8)
+    zero_point = integers(-20, 20, (h, d), seed=45)
+    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, inv_tau, 8)
+    names = inspect.signature(reference.attention).parameters
+    return Case("attention", "near-ties-normalised", dict(zip(names, arguments, strict=True)))
 
 
 def _per_token_tail(m: int, n: int, number: int) -> dict[str, Any]:
@@ -214,6 +260,7 @@ def _quantize_tail(x: Tensor, number: int) -> dict[str, Any]:
 
 CASES: dict[str, list[Case]] = {
     "quantize": _row_cases("quantize", _quantize_tail),
+    "quantize_patches": _patch_cases(),
     "quantize_per_token": _row_cases("quantize_per_token", lambda x, number: {}),
     "layernorm": _row_cases("layernorm", _norm_tail("gain", "offset")),
     "add_layernorm": _row_cases("add_layernorm", _norm_tail("gain", "offset", with_residual=True)),
@@ -228,11 +275,18 @@ CASES: dict[str, list[Case]] = {
         attention_case(*shape, kind, number)
         for number, (shape, kind) in enumerate((s, k) for s in ATTENTION_SHAPES for k in CODE_KINDS)
     ]
-    + [attention_case(1, 1, 577, 64, 4, 1.0, "one_sided", 0), near_tie_attention()],
+    + [attention_case(*ATTENTION_SHAPES[i % 4], CODE_KINDS[i], i, normalised=True) for i in range(len(CODE_KINDS))]
+    + [attention_case(1, 1, 577, 64, 4, 1.0, "one_sided", 0), attention_case(1, 2, 300, 80, 3, 0.5, "random", 1)]
+    + [attention_case(1, 1, 130, 96, 5, 0.5, "extreme", 0), attention_case(1, 1, 321, 48, 4, 0.5, "random", 2, True)]
+    + [near_tie_attention(), near_tie_normalised_attention()],
 }
 ALL_CASES = [case for cases in CASES.values() for case in cases]
-# One of 17 tokens (49 for attention) and random data an op, for everything but the values.
+# One of 17 tokens (49 for attention, 3 small images for patches) and random data an op, for everything but the values.
 SAMPLES = {
-    op: next(c for c in cases if c.label.startswith(("17x", "1x3x49")) and ("random" in c.label or "normal" in c.label))
+    op: next(
+        c
+        for c in cases
+        if c.label.startswith(("17x", "1x3x49", "3x1x19")) and ("random" in c.label or "normal" in c.label)
+    )
     for op, cases in CASES.items()
 }

@@ -19,7 +19,7 @@ TENSOR_ARGUMENTS = [
     for name, value in case.arguments.items()
     if isinstance(value, Tensor | PackedWeight)
 ]
-FIRST = ("x", "a", "q")  # sets the sizes and the device of the others
+FIRST = ("x", "a", "q", "image")  # sets the sizes and the device of the others
 
 
 def each_argument(but: tuple[tuple[str, str], ...] = (), first: bool = True) -> pytest.MarkDecorator:
@@ -62,7 +62,7 @@ def test_a_wrong_rank_is_refused(case: Case, name: str) -> None:
         call_with(case.op, **{name: on_each(change)})
 
 
-@each_argument(but=(("quantize_per_token", "x"),))
+@each_argument(but=(("quantize_per_token", "x"), ("quantize_patches", "image")))
 def test_a_wrong_size_is_refused(case: Case, name: str) -> None:
     # The first argument sets the sizes, so there the message names one that does not follow.
     def change(tensor: Tensor) -> Tensor:
@@ -84,6 +84,23 @@ def test_another_device_is_refused(case: Case, name: str) -> None:
 def test_a_width_outside_2_to_8_is_refused(op: str, bits: int) -> None:
     with pytest.raises(ValueError, match=rf"^vitq::{op}: bits must be an integer in 2\.\.8, got {bits}$"):
         call_with(op, bits=bits)
+
+
+@pytest.mark.parametrize(("name", "size", "side"), [("patch_height", 19, "height"), ("patch_width", 26, "width")])
+@pytest.mark.parametrize("beyond", [True, False], ids=["larger-than-the-image", "zero"])
+def test_a_patch_that_the_image_does_not_hold_is_refused(name: str, size: int, side: str, beyond: bool) -> None:
+    patch = size + 1 if beyond else 0
+    message = rf"^vitq::quantize_patches: {name} must be in 1\.\.{size}, the image's {side}, got {patch}$"
+    with pytest.raises(ValueError, match=message):
+        call_with("quantize_patches", **{name: patch})
+
+
+@pytest.mark.parametrize("change", [{"image": lambda t: t.expand(-1, 3, -1, -1)}, {"patch_width": 5}], ids=str)
+def test_patches_of_another_size_than_the_scales_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^vitq::quantize_patches: inv_scale must be float32 \[\d+\], got float32 \[24\]"
+    ):
+        call_with("quantize_patches", **change)
 
 
 @pytest.mark.parametrize("op", [op for op, case in SAMPLES.items() if "approximate" in case.arguments])
@@ -126,6 +143,19 @@ def test_a_level_table_that_is_no_power_of_two_from_4_to_256_is_refused(count: i
 def test_an_attention_bias_that_does_not_broadcast_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"bias_q must be int32, broadcasting to \[1, 3, 49, 49\], got"):
         call_with("attention", bias_q=torch.zeros(shape, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "inv_tau", [torch.ones(3, dtype=torch.float64), torch.ones(2), torch.ones(())], ids=["dtype", "size", "rank"]
+)
+def test_an_inv_tau_that_is_no_float32_per_head_is_refused(inv_tau: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^vitq::attention: inv_tau must be float32 \[3\], got float"):
+        call_with("attention", inv_tau=inv_tau)
+
+
+def test_an_inv_tau_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^vitq::attention: inv_tau must be on cpu, got meta$"):
+        call_with("attention", inv_tau=torch.ones(3, device="meta"))
 
 
 def test_attention_over_no_tokens_is_refused() -> None:

@@ -40,6 +40,12 @@ def _quantize() -> list[Tensor]:
     return [reference.quantize(x, multipliers((48,), 0, 5), integers(-40, 40, (48,), 6), bits) for bits in (4, 8)]
 
 
+def _quantize_patches() -> list[Tensor]:
+    image = integers(-(1 << 12), 1 << 12, (2, 3, 14, 21), 22).float() / 64
+    scale, zero = multipliers((3 * 4 * 5,), 0, 23), integers(-40, 40, (3 * 4 * 5,), 24)
+    return [reference.quantize_patches(image, scale, zero, 4, 5, bits) for bits in (4, 8)]
+
+
 def _quantize_per_token() -> list[Tensor]:
     x = integers(-(1 << 12), 1 << 12, (33, 48), 7).float() / 64
     x[::4] = 0
@@ -60,7 +66,7 @@ def _attention() -> list[Tensor]:
     for bits in (3, 4, 8):
         levels = torch.tensor([level_table(bits, 0.5)] * 3, dtype=torch.uint8)
         kappa = multipliers((3,), bits - 18, 19)
-        result += [reference.attention(q, k, v, kappa, levels, m, z, bias, 8) for bias in (None, bias_q)]
+        result += [reference.attention(q, k, v, kappa, levels, m, z, bias, None, 8) for bias in (None, bias_q)]
     return result
 
 
@@ -77,6 +83,7 @@ def _pack_weight() -> list[Tensor]:
 OUTPUTS: dict[str, Callable[[], list[Tensor]]] = {
     "requantise": _requantise,
     "quantize": _quantize,
+    "quantize_patches": _quantize_patches,
     "quantize_per_token": _quantize_per_token,
     "linear_codes": _linear_codes,
     "attention": _attention,

@@ -20,6 +20,7 @@ ALLOWED = {
     "packing": ("spec",),
     "ops.reference": ("spec", "packing"),
     "ops": ("spec", "packing", "ops"),
+    "ops.tuning": ("files", "ops"),
     "nn": ("spec", "packing", "ops", "nn"),
     # The stages know the vocabulary and the model, and each other only through data.
     "models": ("spec",),
@@ -82,7 +83,10 @@ ALLOWED = {
 }
 BACKENDS = ("ops.reference", "ops.cpu", "ops.triton", "ops.cuda")  # imported by ops alone
 MAX_LINES = 300
-LONGER = {"spec.py": 340}  # the vocabulary: one place to look, plain data
+LONGER = {
+    "spec.py": 340,  # the vocabulary: one place to look, plain data
+    "ops/reference.py": 360,  # the specification: one place to look
+}
 DUMPING_GROUNDS = {"utils", "util", "helpers", "common", "misc"}
 
 

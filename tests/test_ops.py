@@ -43,7 +43,7 @@ def with_tensors(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
 
 def with_dtype(case: Case, dtype: torch.dtype) -> Case:
     """The case with x, residual and real outputs in another float dtype."""
-    changed = {k: v.to(dtype) for k, v in case.arguments.items() if k in ("x", "residual")}
+    changed = {k: v.to(dtype) for k, v in case.arguments.items() if k in ("x", "image", "residual")}
     out = {"out_dtype": dtype} if "out_dtype" in case.arguments else {}
     return replace(case, arguments=case.arguments | changed | out)
 
@@ -124,7 +124,7 @@ def with_tokens(case: Case, lead: tuple[int, ...]) -> Case:
 
 
 EACH_TOKEN_OP = pytest.mark.parametrize(
-    "case", [c for op, c in SAMPLES.items() if op != "attention"], ids=lambda c: c.op
+    "case", [c for op, c in SAMPLES.items() if op not in ("attention", "quantize_patches")], ids=lambda c: c.op
 )
 
 
@@ -140,6 +140,29 @@ def test_no_tokens_give_no_outputs(case: Case, lead: tuple[int, ...], backend: B
     full = op_call(case, backend.name, backend.device)
     for got, wanted in zip(op_call(with_tokens(case, lead), backend.name, backend.device), full, strict=True):
         assert (got.shape, got.dtype) == ((*lead, *wanted.shape[1:]), wanted.dtype)
+
+
+def channels_last(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def cropped(image: Tensor) -> Tensor:
+    """The same numbers, a window of a larger image."""
+    b, c, h, w = image.shape
+    return image.new_zeros(b, c + 1, h + 2, w + 5)[:, 1:, 1:-1, 3:-2].copy_(image)
+
+
+@pytest.mark.parametrize("layout", [channels_last, cropped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", CASES["quantize_patches"][::5], ids=str)
+def test_patches_of_images_in_any_layout(case: Case, layout: Callable[[Tensor], Tensor], backend: BackendCase) -> None:
+    moved = replace(case, arguments=case.arguments | {"image": layout(case.arguments["image"])})
+    check_values(moved, backend.name, backend.device, backend.reference_floats, like=case)
+
+
+def test_patches_of_an_empty_batch(backend: BackendCase) -> None:
+    case = SAMPLES["quantize_patches"]
+    empty = replace(case, arguments=case.arguments | {"image": case.arguments["image"][:0]})
+    assert op_call(empty, backend.name, backend.device)[0].shape == (0, 4, 4, 24)
 
 
 def test_attention_over_an_empty_batch(backend: BackendCase) -> None:
@@ -175,7 +198,7 @@ def chain(x: Tensor, p: dict[str, Any], layout: str) -> tuple[Tensor, Tensor]:
     a = vitq.quantize(x, p["inv_scale"], p["zero_point"], 8)
     qkv = vitq.linear_codes(a, p["qkv"], layout, p["m192"], p["b192"], p["z192"], 8)
     q, k, v = qkv.view(*x.shape[:2], 3, 2, 32).permute(2, 0, 3, 1, 4)
-    a = vitq.attention(q, k, v, p["kappa"], p["levels"], p["mh"], p["zh"], None, 8)
+    a = vitq.attention(q, k, v, p["kappa"], p["levels"], p["mh"], p["zh"], None, None, 8)
     x = vitq.linear_residual(a, p["proj"], layout, p["m64"], p["b64"], x)
     x, a = vitq.add_layernorm(x, x, p["inv_scale"], p["offset"], 1e-6, 8)
     a = vitq.linear_gelu_codes(a, p["fc1"], layout, p["m192"], p["b192"], p["inv192"], p["z192"], 8, "none")
@@ -184,7 +207,7 @@ def chain(x: Tensor, p: dict[str, Any], layout: str) -> tuple[Tensor, Tensor]:
     return x + y, vitq.layernorm(y, p["inv_scale"], p["offset"], 1e-6, 4)
 
 
-def chain_parameters() -> tuple[dict[str, Any], str]:
+def chain_parameters(device: str = "cpu") -> tuple[dict[str, Any], str]:
     p: dict[str, Any] = {
         "inv_scale": uniform(20, 40, (64,), 1),
         "zero_point": integers(-10, 10, (64,), 2),
@@ -198,28 +221,30 @@ def chain_parameters() -> tuple[dict[str, Any], str]:
     for n in (64, 192):
         p[f"m{n}"], p[f"b{n}"] = uniform(1e-4, 4e-4, (n,), n), integers(-999, 999, (n,), n + 1)
         p[f"z{n}"] = integers(-9, 9, (n,), n + 2)
+    p = {name: tensor.to(device) for name, tensor in p.items()}
     layout = ""
     for seed, (name, n, k) in enumerate((("qkv", 192, 64), ("proj", 64, 64), ("fc1", 192, 64), ("fc2", 64, 192))):
-        packed = pack_weight(codes("random", (n, k), 4, seed), RowGroups.uniform(n, 4))
+        packed = pack_weight(codes("random", (n, k), 4, seed).to(device), RowGroups.uniform(n, 4))
         layout, p[name] = ops.prepare_weight(packed)
     return p, layout
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_into_one_graph(dynamic: bool) -> None:
+def test_compiles_into_one_graph(dynamic: bool, backend: BackendCase) -> None:
     torch._dynamo.reset()
-    p, layout = chain_parameters()
     graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    compiled = torch.compile(chain, fullgraph=True, backend=backend, dynamic=dynamic)
-    for shape in ((5, 11, 64), (3, 17, 64), (4, 9, 64)):
-        x = reals("normal", shape, seed=9)
-        for got, wanted in zip(compiled(x, p, layout), chain(x, p, layout), strict=True):
-            assert_bitwise_equal(got, wanted)
+    compiled = torch.compile(chain, fullgraph=True, backend=keep, dynamic=dynamic)
+    with ops.use_backend(backend.name):
+        p, layout = chain_parameters(backend.device)
+        for shape in ((5, 11, 64), (3, 17, 64), (4, 9, 64)):
+            x = reals("normal", shape, seed=9).to(backend.device)
+            for got, wanted in zip(compiled(x, p, layout), chain(x, p, layout), strict=True):
+                assert_bitwise_equal(got, wanted)
     if dynamic:
         assert len(graphs) == 1  # sizes did not specialise
 

@@ -188,6 +188,10 @@ def no_bias(x: dict[str, Any]) -> None:
     x["bias_q"] = None
 
 
+def no_inv_tau(x: dict[str, Any]) -> None:
+    x["inv_tau"] = None
+
+
 def keys_for_queries(x: dict[str, Any]) -> None:
     x["q"], x["k"] = x["k"], x["q"]
 
@@ -198,9 +202,10 @@ ATTENTION_FAULTS = [
     one_head_for_all,
     no_attention_zero_point,
     no_bias,
+    no_inv_tau,
     keys_for_queries,
 ]
-NAMES = ("q", "k", "v", "kappa", "levels", "multiplier", "zero_point", "bias_q", "bits")
+NAMES = ("q", "k", "v", "kappa", "levels", "multiplier", "zero_point", "bias_q", "inv_tau", "bits")
 
 
 @pytest.mark.parametrize("fault", ATTENTION_FAULTS, ids=lambda f: f.__name__)
@@ -234,6 +239,43 @@ def test_wrong_attention_codes_are_rejected(fault: Callable[..., Tensor], plant:
         return fault(distance, kappa.view(1, -1, 1, 1)).clamp(max=levels - 1).long()
 
     plant(attention_codes=attention_codes)
+    assert rejected("attention")
+
+
+def one_rounding_of_product_and_sum(distance: Tensor, kappa: Tensor, offset: Tensor) -> Tensor:
+    return (distance.float().double() * kappa.double() + offset.double()).float().round()
+
+
+def steps_in_float64(distance: Tensor, kappa: Tensor, offset: Tensor) -> Tensor:
+    return (distance.double() * kappa.double() + offset.double()).round()
+
+
+def half_up_offset_steps(distance: Tensor, kappa: Tensor, offset: Tensor) -> Tensor:
+    return (distance.float() * kappa + offset + 0.5).floor()
+
+
+def offset_added_to_the_code(distance: Tensor, kappa: Tensor, offset: Tensor) -> Tensor:
+    return (distance.float() * kappa).round() + offset.round()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [one_rounding_of_product_and_sum, steps_in_float64, half_up_offset_steps, offset_added_to_the_code],
+    ids=lambda f: f.__name__,
+)
+def test_wrong_codes_of_the_normalised_form_are_rejected(fault: Callable[..., Tensor], plant: Plant) -> None:
+    def attention_offset_codes(distance: Tensor, kappa: Tensor, offset: Tensor, levels: int) -> Tensor:
+        return fault(distance, kappa.view(-1, 1, 1), offset).clamp(max=levels - 1).long()
+
+    plant(attention_offset_codes=attention_offset_codes)
+    assert rejected("attention")
+
+
+def test_a_logarithm_in_float32_is_rejected(plant: Plant) -> None:
+    def attention_offset(total: Tensor, largest: Tensor, inv_tau: Tensor) -> Tensor:
+        return (total.float() / largest.float()).log2() * inv_tau[:, None, None]
+
+    plant(attention_offset=attention_offset)
     assert rejected("attention")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.numerics import (
     reals,
     uniform,
 )
-from tests.op_cases import attention_case, near_tie_attention, zero_points
+from tests.op_cases import attention_case, near_tie_attention, near_tie_normalised_attention, zero_points
 from tests.twins import codes_of, tensor_of
 from vitq_kernels.ops import reference
 
@@ -142,9 +143,15 @@ ATTENTION = [
     for log2_bits, tau in ((2, 1.0), (3, 0.5), (4, 1.0), (8, 0.25))
     for number, kind in enumerate(CODE_KINDS)
 ]
+NORMALISED = [
+    attention_case(2, 2, 7, 8, log2_bits, tau, kind, number + log2_bits, normalised=True)
+    for log2_bits, tau in ((2, 1.0), (4, 0.5))
+    for number, kind in enumerate(CODE_KINDS)
+]
+NEAR_TIES = [near_tie_attention(), near_tie_normalised_attention()]
 
 
-@pytest.mark.parametrize("case", [*ATTENTION, near_tie_attention()], ids=lambda case: case.label)
+@pytest.mark.parametrize("case", ATTENTION + NORMALISED + NEAR_TIES, ids=lambda case: case.label)
 def test_attention(case: Case) -> None:
     x = case.arguments
     b, h, s, d = x["q"].shape
@@ -153,10 +160,20 @@ def test_attention(case: Case) -> None:
     expected = torch.empty(b, s, h * d, dtype=torch.int8)
     for i in range(b):
         for j in range(h):
-            per_head = (kappa[j], x["levels"][j].tolist(), multiplier[j], x["zero_point"][j].tolist(), x["bits"])
+            per_head = (kappa[j], x["levels"][j].tolist(), multiplier[j], x["zero_point"][j].tolist())
+            per_head += (None if x["inv_tau"] is None else twins.fractions(x["inv_tau"])[j], x["bits"])
             head = twins.attention_head(*(t[i, j].tolist() for t in (x["q"], x["k"], x["v"], bias)), *per_head)
             expected[i, :, j * d : (j + 1) * d] = codes_of(head)
     assert_bitwise_equal(reference.attention(**x), expected)
+
+
+def test_log2_of_a_ratio_has_one_value_and_is_a_logarithm() -> None:
+    totals = [1, 2, 3, 127, 255, 256, 49 * 255, 197 * 201, (1 << 24) + 1, (1 << 31) - 1]
+    pairs = [(a, b) for a in totals for b in (1, 3, 200, 255)]
+    actual = reference.log2_ratio(*torch.tensor(pairs, dtype=torch.int32).unbind(1))
+    assert_bitwise_equal(actual, tensor_of([[twins.log2_ratio(a, b) for a, b in pairs]], torch.float64)[0])
+    for (a, b), got in zip(pairs, actual.tolist(), strict=True):
+        assert got == pytest.approx(math.log2(a / b), rel=0, abs=2.0**-42)
 
 
 @pytest.mark.parametrize("kind", REAL_KINDS)

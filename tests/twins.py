@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 # dtype: (significant bits, exponent of the smallest subnormal)
-FORMATS = {torch.float32: (24, -149), torch.float16: (11, -24), torch.bfloat16: (8, -133)}
+FORMATS = {torch.float64: (53, -1074), torch.float32: (24, -149), torch.float16: (11, -24), torch.bfloat16: (8, -133)}
+TWO_OVER_LN2 = 2.8853900817779268
 ROUND_TO_INTEGER = 12582912  # 1.5 * 2^23, the constant of the law's GPU formula
 
 
@@ -126,6 +127,23 @@ def level_table(bits: int, tau: float) -> list[int]:
         return [int(mpmath.nint(255 * mpmath.mpf(2) ** (-tau * c))) for c in range((1 << bits) - 1)] + [0]
 
 
+def log2_ratio(a: int, b: int) -> Fraction:
+    """log2(a / b) by the law's sequence of float64 roundings."""
+
+    def rounded(x: Fraction) -> Fraction:
+        return round_to(x, torch.float64)
+
+    e_a, e_b = a.bit_length() - 1, b.bit_length() - 1
+    m_a, m_b = Fraction(a, 1 << e_a), Fraction(b, 1 << e_b)
+    f = rounded((m_a - m_b) / (m_a + m_b))
+    square = rounded(f * f)
+    constants = [rounded(Fraction(TWO_OVER_LN2) / (2 * n + 1)) for n in range(12)]
+    series = constants.pop()
+    while constants:
+        series = rounded(rounded(series * square) + constants.pop())
+    return rounded(e_a - e_b + rounded(f * series))
+
+
 def attention_head(
     q: list[list[int]],
     k: list[list[int]],
@@ -135,14 +153,20 @@ def attention_head(
     levels: Sequence[int],
     multiplier: Sequence[Fraction],
     zero_point: Sequence[int],
+    inv_tau: Fraction | None,
     bits: int,
 ) -> list[list[int]]:
-    """S4 of one batch and head, [S, D]."""
+    """S4 of one batch and head, [S, D]; with inv_tau its normalised form."""
     result = []
     for i, query in enumerate(q):
         acc = [accumulate(query, key, bias[i][j]) for j, key in enumerate(k)]
         codes = [min(round(round_to(max(acc) - x) * kappa), len(levels) - 1) for x in acc]
         total = sum(levels[c] for c in codes)
+        if inv_tau is not None:
+            offset = round_to(round_to(log2_ratio(total, levels[0]) * inv_tau, torch.float64))
+            products = [round_to(round_to(max(acc) - x) * kappa) for x in acc]
+            codes = [min(round(round_to(x + offset)), len(levels) - 1) for x in products]
+            total = levels[0]
         inverse = round_to(1 / round_to(total))
         result.append(
             [

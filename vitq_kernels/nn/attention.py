@@ -46,7 +46,8 @@ class QuantAttention(IntegerModule):
         """Codes [B, S, C] to the codes [B, S, H * D] that enter ``proj``."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        return ops.attention(q, k, v, self.kappa, self.levels, self.multiplier, self.zero_point, None, self.out_bits)
+        tables = (self.kappa, self.levels, self.multiplier, self.zero_point)
+        return ops.attention(q, k, v, *tables, None, None, self.out_bits)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream."""

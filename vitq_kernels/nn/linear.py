@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitq_kernels import ops
 from vitq_kernels.nn.module import IntegerModule, QuantizeInput
+from vitq_kernels.ops import flatten_patches
 from vitq_kernels.packing import PackedWeight, groups_with_order, unpack_weight
 
 Epilogue = Literal["codes", "gelu", "gelu levels", "real", "residual"]
@@ -79,7 +80,7 @@ class QuantLinear(PackedLinear):
     """An integer linear with static activation scales: int8 codes in; codes, gelu codes, real or residual out.
 
     The input's scale lives in the weight's columns, its zero point and the bias in ``bias_q`` (semantics S2). With
-    ``quantize_input`` the module takes float activations and is a drop-in for ``nn.Linear``.
+    ``quantize_input`` the module also takes float activations and is a drop-in for ``nn.Linear``.
 
     Args:
         weight: packed codes [N, K].
@@ -91,7 +92,7 @@ class QuantLinear(PackedLinear):
         levels: int8 [2^b], ascending; for "gelu levels". Codes are levels of 8 bits then.
         out_bits: width of the output codes; for "codes" and "gelu".
         gelu: "none" (erf) or "tanh"; for "gelu" and "gelu levels".
-        quantize_input: quantizer of float inputs, or None if int8 codes come in.
+        quantize_input: quantizer of float inputs, or None if only int8 codes come in.
     """
 
     def __init__(
@@ -123,10 +124,13 @@ class QuantLinear(PackedLinear):
         self.register_buffer("thresholds", middles)
         self.prepare()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Codes int8 [..., K] (or float, with ``quantize_input``) to [..., N]; ``residual`` for that epilogue."""
-        dtype = x.dtype
-        codes = x if self.quantize_input is None else self.quantize_input(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Codes int8 [..., K] (or float, with ``quantize_input``) to [..., N]; ``residual`` for that epilogue.
+
+        ``out_dtype`` of a real output: where it is not given, that of a float ``x``, float32 for codes.
+        """
+        is_float = x.dtype.is_floating_point
+        codes = self.quantize_input(x) if is_float and self.quantize_input is not None else x
         weight, layout = self.prepared_weight()
         shared = (codes, weight, layout, self.multiplier, self.bias_q)
         if self.epilogue == "codes":
@@ -137,7 +141,7 @@ class QuantLinear(PackedLinear):
             return ops.linear_gelu_levels(*shared, self.inv_scale, self.thresholds, self.levels, self.gelu)
         if self.epilogue == "residual":
             return ops.linear_residual(*shared, residual)
-        return ops.linear_real(*shared, dtype if dtype.is_floating_point else torch.float32)
+        return ops.linear_real(*shared, out_dtype or (x.dtype if is_float else torch.float32))
 
 
 class DynamicQuantLinear(PackedLinear):
@@ -166,12 +170,8 @@ class QuantPatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Float [B, C, H, W] to float [B, N, H // ph, W // pw]; rows and columns short of a patch are dropped."""
-        return self.linear(flatten_patches(image, self.patch_size)).permute(0, 3, 1, 2)
-
-
-def flatten_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Images [B, C, H, W] to patches [B, h, w, C * ph * pw], each in the order of a convolution's weight."""
-    (ph, pw), (b, c, height, width) = patch_size, image.shape
-    h, w = height // ph, width // pw
-    tiles = image[:, :, : h * ph, : w * pw].reshape(b, c, h, ph, w, pw)
-    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(b, h, w, c * ph * pw)
+        quantize_input = self.linear.quantize_input
+        if quantize_input is None:
+            return self.linear(flatten_patches(image, self.patch_size)).permute(0, 3, 1, 2)
+        codes = quantize_input(image, patch_size=self.patch_size)
+        return self.linear(codes, out_dtype=image.dtype).permute(0, 3, 1, 2)

@@ -28,7 +28,10 @@ class IntegerModule(nn.Module):
 
 
 class QuantizeInput(IntegerModule):
-    """Real activations [..., K] to int8 codes with a static scale and zero point per channel (semantics S1)."""
+    """Real activations [..., K] to int8 codes with a static scale and zero point per channel (semantics S1).
+
+    With ``patch_size`` the activations are images [B, C, H, W]; the channels are the places in a patch.
+    """
 
     def __init__(self, inv_scale: Tensor, zero_point: Tensor, bits: int) -> None:
         super().__init__()
@@ -36,6 +39,8 @@ class QuantizeInput(IntegerModule):
         self.register_buffer("inv_scale", inv_scale)  # float32 [K]
         self.register_buffer("zero_point", zero_point)  # int32 [K]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [..., K] to int8 [..., K]."""
+    def forward(self, x: Tensor, patch_size: tuple[int, int] | None = None) -> Tensor:
+        """Float [..., K] to int8 [..., K]; images to [B, H // ph, W // pw, K]."""
+        if patch_size is not None:
+            return ops.quantize_patches(x, self.inv_scale, self.zero_point, *patch_size, self.bits)
         return ops.quantize(x, self.inv_scale, self.zero_point, self.bits)

@@ -22,8 +22,10 @@ from vitq_kernels.ops.backends import (
 )
 from vitq_kernels.ops.checks import (
     FLOAT_DTYPES,
+    check_affine,
     check_approximate,
     check_devices,
+    check_patches,
     check_tensor,
     check_weight,
     check_width,
@@ -31,6 +33,7 @@ from vitq_kernels.ops.checks import (
     fail,
 )
 from vitq_kernels.ops.reference import SEMANTICS_VERSION
+from vitq_kernels.ops.reference import flatten_patches as flatten_patches
 from vitq_kernels.packing import PackedWeight
 
 __all__ = ["SEMANTICS_VERSION", "BackendUnavailableError", "prepare_weight", "use_backend", "weight_layout"]
@@ -77,11 +80,18 @@ def _op(schema: str, drop: tuple[str, ...] = ()) -> Callable[[Callable[..., Plan
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Plan:
     """Real activations [..., K] to int8 codes, per channel."""
     check_tensor("quantize", "x", x, FLOAT_DTYPES, (..., "K"))
-    check_tensor("quantize", "inv_scale", inv_scale, torch.float32, (x.shape[-1],))
-    check_tensor("quantize", "zero_point", zero_point, torch.int32, (x.shape[-1],))
-    check_devices("quantize", x, inv_scale=inv_scale, zero_point=zero_point)
-    check_width("quantize", bits)
+    check_affine("quantize", x, inv_scale, zero_point, bits, x.shape[-1])
     return [(x.shape, torch.int8)]
+
+
+@_op("(Tensor image, Tensor inv_scale, Tensor zero_point, int patch_height, int patch_width, int bits) -> Tensor")
+def quantize_patches(
+    image: Tensor, inv_scale: Tensor, zero_point: Tensor, patch_height: int, patch_width: int, bits: int
+) -> Plan:
+    """Images [B, C, H, W] to int8 codes of their patches [B, H // ph, W // pw, C * ph * pw], per place in a patch."""
+    shape = check_patches("quantize_patches", image, patch_height, patch_width)
+    check_affine("quantize_patches", image, inv_scale, zero_point, bits, shape[-1])
+    return [(shape, torch.int8)]
 
 
 @_op("(Tensor x) -> (Tensor, Tensor)")
@@ -245,7 +255,7 @@ def linear_per_token(
 
 @_op(
     "(Tensor q, Tensor k, Tensor v, Tensor kappa, Tensor levels, Tensor multiplier, Tensor zero_point, "
-    "Tensor? bias_q, int bits) -> Tensor"
+    "Tensor? bias_q, Tensor? inv_tau, int bits) -> Tensor"
 )
 def attention(
     q: Tensor,
@@ -256,6 +266,7 @@ def attention(
     multiplier: Tensor,
     zero_point: Tensor,
     bias_q: Tensor | None,
+    inv_tau: Tensor | None,
     bits: int,
 ) -> Plan:
     """Log2-quantized softmax attention of codes [B, H, S, D] to codes [B, S, H * D]."""
@@ -276,8 +287,9 @@ def attention(
         fits = bias_q.dim() == 4 and all(x in (1, y) for x, y in zip(bias_q.shape, (b, h, s, s), strict=True))
         if bias_q.dtype != torch.int32 or not fits:
             fail(op, "bias_q", f"int32, broadcasting to {[b, h, s, s]}", f"{bias_q.dtype} {list(bias_q.shape)}")
-    check_devices(
-        op, q, k=k, v=v, kappa=kappa, levels=levels, multiplier=multiplier, zero_point=zero_point, bias_q=bias_q
-    )
+    if inv_tau is not None:
+        check_tensor(op, "inv_tau", inv_tau, torch.float32, (h,))
+    check_devices(op, q, k=k, v=v, kappa=kappa, levels=levels, multiplier=multiplier)
+    check_devices(op, q, zero_point=zero_point, bias_q=bias_q, inv_tau=inv_tau)
     check_width(op, bits)
     return [([b, s, h * d], torch.int8)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vitq_kernels.ops import bit_planes
 from vitq_kernels.spec import check_bits
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,6 +51,25 @@ def check_width(op: str, bits: int) -> None:
     check_bits(bits, f"vitq::{op}: bits")
 
 
+def check_affine(op: str, x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, channels: int) -> None:
+    """Checks the scales, zero points and width of codes, per channel."""
+    check_tensor(op, "inv_scale", inv_scale, torch.float32, (channels,))
+    check_tensor(op, "zero_point", zero_point, torch.int32, (channels,))
+    check_devices(op, x, inv_scale=inv_scale, zero_point=zero_point)
+    check_width(op, bits)
+
+
+def check_patches(op: str, image: Tensor, patch_height: int, patch_width: int) -> list[int]:
+    """Checks images and the size of their patches. Returns the shape of the patches, [B, H // ph, W // pw, K]."""
+    check_tensor(op, "image", image, FLOAT_DTYPES, ("B", "C", "H", "W"))
+    b, c, height, width = image.shape
+    if not 1 <= patch_height <= height:
+        fail(op, "patch_height", f"in 1..{height}, the image's height", patch_height)
+    if not 1 <= patch_width <= width:
+        fail(op, "patch_width", f"in 1..{width}, the image's width", patch_width)
+    return [b, height // patch_height, width // patch_width, c * patch_height * patch_width]
+
+
 def check_approximate(op: str, approximate: str) -> None:
     """Checks the form of GELU."""
     if approximate not in ("none", "tanh"):
@@ -65,6 +85,13 @@ def check_weight(op: str, a: Tensor, weight: Sequence[Tensor], layout: str, rows
         if len(weight) != 1:
             fail(op, "weight", "one tensor in layout int8_rows", f"{len(weight)} tensors")
         check_tensor(op, "weight", weight[0], torch.int8, (rows, a.shape[-1]))
-        check_devices(op, a, weight=weight[0])
+    elif layout == bit_planes.WEIGHT_LAYOUT:
+        forms = bit_planes.forms(rows, a.shape[-1])
+        if len(weight) != len(forms):
+            fail(op, "weight", f"{len(forms)} tensors in layout {layout}", f"{len(weight)} tensors")
+        for (name, dtype, shape), tensor in zip(forms, weight, strict=True):
+            check_tensor(op, f"weight {name}", tensor, dtype, shape)
     else:
-        fail(op, "layout", "int8_rows", repr(layout))
+        fail(op, "layout", f"int8_rows or {bit_planes.WEIGHT_LAYOUT}", repr(layout))
+    for tensor in weight:
+        check_devices(op, a, weight=tensor)

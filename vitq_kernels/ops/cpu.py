@@ -49,6 +49,13 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     return _by_tokens(lambda t: reference.quantize(t, inv_scale, zero_point, bits), x.shape[-1], x)
 
 
+def quantize_patches(
+    image: Tensor, inv_scale: Tensor, zero_point: Tensor, patch_height: int, patch_width: int, bits: int
+) -> Tensor:
+    """``reference.quantize_patches``."""
+    return quantize(reference.flatten_patches(image, (patch_height, patch_width)), inv_scale, zero_point, bits)
+
+
 def layernorm(x: Tensor, gain: Tensor, offset: Tensor, eps: float, bits: int) -> Tensor:
     """``reference.layernorm``."""
     return _by_tokens(lambda t: reference.layernorm(t, gain, offset, eps, bits), x.shape[-1], x)
@@ -154,6 +161,7 @@ def attention(
     multiplier: Tensor,
     zero_point: Tensor,
     bias_q: Tensor | None,
+    inv_tau: Tensor | None,
     bits: int,
 ) -> Tensor:
     """``reference.attention``, image by image; scores and outputs are integers in floats that hold them exactly."""
@@ -166,12 +174,15 @@ def attention(
         acc = exact_matmul(q[i], k[i].transpose(-2, -1), 128 * 128)
         if bias_q is not None:
             acc = acc.double() + bias_q[min(i, bias_q.shape[0] - 1)]
-        distance = (acc.amax(-1, keepdim=True) - acc).float().double()
-        codes = distance.mul_(steps).round_().clamp_(max=levels.shape[1] - 1).long().add_(heads)
+        distance = (acc.amax(-1, keepdim=True) - acc).float()
+        codes = distance.double().mul_(steps).round_().clamp_(max=levels.shape[1] - 1).long().add_(heads)
         probability = table[codes]
         total = probability.sum(-1, keepdim=True, dtype=torch.float64)
+        if inv_tau is not None:
+            largest = levels[:, :1, None].double()
+            offset = reference.attention_offset(total, largest, inv_tau)
+            codes = reference.attention_offset_codes(distance, kappa, offset, levels.shape[1]).add_(heads)
+            probability, total = table[codes], largest
         out = exact_matmul(probability, v[i], 255 * 128)
         pieces.append(reference.attention_output(out[None], total[None], multiplier, zero_point, bits))
-    return (
-        torch.cat(pieces) if pieces else reference.attention(q, k, v, kappa, levels, multiplier, zero_point, None, bits)
-    )
+    return torch.cat(pieces) if pieces else q.new_empty(0, q.shape[2], q.shape[1] * q.shape[3])

@@ -25,6 +25,8 @@ SEMANTICS_VERSION = 1
 _ROUND_TO_INTEGER = 6755399441055744.0
 # Smallest absolute maximum of a token: keeps 127/absmax finite; an all-zero token gets codes 0.
 TOKEN_ABSMAX_FLOOR = 1e-30
+TWO_OVER_LN2 = 2.8853900817779268
+LOG2_TERMS = 12  # of atanh's series
 
 Accumulate = Callable[[Tensor, list[Tensor], "Tensor | None"], Tensor]
 WEIGHT_LAYOUT = "int8_rows"  # what prepare_weight makes: int8 [N, K] in the model's row order
@@ -53,6 +55,24 @@ def requantise(value: Tensor, multiplier: Tensor, zero_point: Tensor, bits: int)
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Real activations [..., K] to codes: S1 with ``1/scale`` as the multiplier, per channel [K]."""
     return requantise(x.float(), inv_scale, zero_point, bits)
+
+
+def quantize_patches(
+    image: Tensor, inv_scale: Tensor, zero_point: Tensor, patch_height: int, patch_width: int, bits: int
+) -> Tensor:
+    """``quantize`` of the patches of images [B, C, H, W]: int8 [B, H // ph, W // pw, C * ph * pw]."""
+    return quantize(flatten_patches(image, (patch_height, patch_width)), inv_scale, zero_point, bits)
+
+
+def flatten_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Images [B, C, H, W] to patches [B, h, w, C * ph * pw], each in the order of a convolution's weight.
+
+    Rows and columns short of a patch are dropped.
+    """
+    (ph, pw), (b, c, height, width) = patch_size, image.shape
+    h, w = height // ph, width // pw
+    tiles = image[:, :, : h * ph, : w * pw].reshape(b, c, h, ph, w, pw)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(b, h, w, c * ph * pw)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +241,7 @@ def attention(
     multiplier: Tensor,
     zero_point: Tensor,
     bias_q: Tensor | None,
+    inv_tau: Tensor | None,
     bits: int,
 ) -> Tensor:
     """S4, log2-quantized softmax attention in integers.
@@ -232,6 +253,9 @@ def attention(
         Z[i]     = sum_j levels[h, c[i,j]];   o[i,e] = sum_j levels[h, c[i,j]] * v[j,e]
         out[i,e] = requantise(o[i,e], f32(multiplier[h,e] * f32(1 / f32(Z[i]))), zero_point[h,e], bits)
 
+    With ``inv_tau`` the codes are those of the normalised probability (``attention_offset``,
+    ``attention_offset_codes``), o is taken over them, and ``levels[h, 0]`` stands for Z[i] in the last line.
+
     Args:
         q, k, v: int8 [B, H, S, D].
         kappa: float32 [H], code steps per unit of acc, > 0.
@@ -240,6 +264,7 @@ def attention(
         zero_point: int32 [H, D], of the output codes.
         bias_q: int32, broadcasts to [B, H, S, S], in units of acc, magnitude at most 2^29 (so that no distance
             overflows); or None.
+        inv_tau: float32 [H], code steps per factor of two, > 0; or None.
         bits: width of the output codes.
 
     Returns:
@@ -253,6 +278,10 @@ def attention(
     heads = torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1)
     probability = levels.int()[heads, codes]
     total = probability.sum(-1, keepdim=True, dtype=torch.int32)
+    if inv_tau is not None:
+        largest = levels[:, :1, None].int()
+        codes = attention_offset_codes(distance, kappa, attention_offset(total, largest, inv_tau), levels.shape[1])
+        probability, total = levels.int()[heads, codes], largest
     out = int_matmul(probability, v)
     return attention_output(out, total, multiplier, zero_point, bits)
 
@@ -261,6 +290,42 @@ def attention_codes(distance: Tensor, kappa: Tensor, levels: int) -> Tensor:
     """``min(rint(f32(distance) * kappa[h]), levels - 1)``: [B, H, S, S] non-negative to int64 codes."""
     steps = distance.float().double() * kappa.double().view(1, -1, 1, 1)
     return steps.round_().clamp_(max=levels - 1).long()
+
+
+def attention_offset(total: Tensor, largest: Tensor, inv_tau: Tensor) -> Tensor:
+    """Code steps from a row's maximum to probability 1: ``f32(log2(total / largest) * inv_tau[h])``, float32.
+
+    The product is rounded to float64 first. ``total`` [B, H, S, 1] and ``largest`` [H, 1, 1] are positive integers.
+    """
+    return (log2_ratio(total, largest) * inv_tau.double()[:, None, None]).float()
+
+
+def attention_offset_codes(distance: Tensor, kappa: Tensor, offset: Tensor, levels: int) -> Tensor:
+    """``min(rint(f32(f32(f32(distance) * kappa[h]) + offset)), levels - 1)``: [B, H, S, S] to int64 codes."""
+    steps = distance.float() * kappa.view(-1, 1, 1) + offset
+    return steps.round_().clamp_(max=levels - 1).long()
+
+
+def log2_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """``log2(a / b)`` of positive integers below 2^52 as float64, by one sequence of roundings on every machine.
+
+    ``a = m_a * 2^e_a``, m in [1, 2), and the same of b. With ``f = (m_a - m_b) / (m_a + m_b)``, whose terms are exact,
+    the logarithm is ``e_a - e_b + 2 / ln 2 * atanh(f)``, atanh by LOG2_TERMS terms in Horner's order. |f| < 1/3, so the
+    series leaves out less than 2^-42; float32 keeps 2^-24 of the result.
+    """
+    (m_a, e_a), (m_b, e_b) = _split(a), _split(b)
+    f = (m_a - m_b) / (m_a + m_b)
+    square = f * f
+    series = torch.full_like(square, TWO_OVER_LN2 / (2 * LOG2_TERMS - 1))
+    for n in range(LOG2_TERMS - 2, -1, -1):
+        series = series * square + TWO_OVER_LN2 / (2 * n + 1)
+    return (e_a - e_b).double() + f * series
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A positive integer as ``m * 2^e``, m in [1, 2) float64, e int64: the bits of its float64."""
+    word = x.double().view(torch.int64)
+    return ((word & ((1 << 52) - 1)) | (1023 << 52)).view(torch.float64), (word >> 52) - 1023
 
 
 def attention_output(out: Tensor, total: Tensor, multiplier: Tensor, zero_point: Tensor, bits: int) -> Tensor:
