@@ -19,8 +19,15 @@ sys.path.append(str(Path(__file__).parents[1]))
 SKIP_REASONS = {
     "no GPU": True,
     "cuda not built": True,
+    "triton is compiled in this process": False,  # TRITON_INTERPRET holds for a process: a second run interprets
     "VITQ_ASSETS is not set": False,
 }
+
+
+# Triton reads the variable when a kernel is defined. Without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _no_gpu() -> str | None:
@@ -41,6 +48,14 @@ class BackendCase:
 BACKEND_CASES = (
     BackendCase("reference", "reference", "cpu", lambda: None, reference_floats=True),
     BackendCase("cpu", "cpu", "cpu", lambda: None, reference_floats=True),
+    BackendCase(
+        "triton-interpreter",
+        "triton",
+        "cpu",
+        lambda: None if INTERPRETED else "triton is compiled in this process",
+        reference_floats=False,
+    ),
+    BackendCase("triton", "triton", "cuda", lambda: "no GPU" if INTERPRETED else _no_gpu(), reference_floats=False),
     BackendCase("reference-on-cuda", "reference", "cuda", _no_gpu, reference_floats=False),
 )
 

@@ -148,7 +148,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch: pytest.Monk
 
 
 def test_a_missing_op_raises_and_names_who_has_it(recorder: list[str]) -> None:
-    message = r"^vitq::attention on cpu: backend recorder lacks this op; can: cpu, reference"
+    message = r"^vitq::attention on cpu: backend recorder lacks this op; can: cpu, (triton, )?reference"
     with use_backend("recorder"), pytest.raises(BackendUnavailableError, match=message):
         run("attention")
 
@@ -163,7 +163,9 @@ def test_the_environment_variable_does_not_fall_back_either(
 
 def test_a_backend_of_another_device_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     add_backend(monkeypatch, "elsewhere", ("cuda", "xpu"), quantize=None)
-    message = r"^vitq::quantize on cpu: backend elsewhere runs on cuda and xpu, not on cpu; can: cpu, reference"
+    message = (
+        r"^vitq::quantize on cpu: backend elsewhere runs on cuda and xpu, not on cpu; can: cpu, (triton, )?reference"
+    )
     with use_backend("elsewhere"), pytest.raises(BackendUnavailableError, match=message):
         run()
 
@@ -172,7 +174,7 @@ def test_a_backend_that_does_not_import_raises_with_the_cause(monkeypatch: pytes
     monkeypatch.setitem(BACKENDS, "broken", Backend("broken", "vitq_kernels.no_such_backend", ()))
     message = (
         r"^vitq::quantize on cpu: backend broken does not load: No module named 'vitq_kernels\.no_such_backend'; "
-        r"can: cpu, reference"
+        r"can: cpu, (triton, )?reference"
     )
     with use_backend("broken"), pytest.raises(BackendUnavailableError, match=message):
         run()
@@ -219,3 +221,44 @@ def test_the_weight_layout_is_the_chosen_backends(monkeypatch: pytest.MonkeyPatc
         packed = SimpleNamespace(data=torch.zeros(1, dtype=torch.uint8))
         assert ops.prepare_weight(packed) == ("rowless_4", made)
     assert ops.weight_layout("cpu") == "int8_rows"
+
+
+def test_the_default_on_a_gpu_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["triton"].load(), "unavailable", lambda device: None)
+    assert chosen_backend("linear_codes", "cuda").name == "triton"
+    assert chosen_backend("linear_codes", "cpu").name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "capability", "device", "reason"),
+    [
+        (False, (9, 0), "cuda", None),
+        (False, (8, 0), "cuda", None),
+        (False, (7, 5), "cuda", "needs compute capability 8.0 or later, this GPU has 7.5"),
+        (False, None, "cuda", "finds no GPU"),
+        (False, (9, 0), "cpu", "runs on a cpu only in Triton's interpreter, under TRITON_INTERPRET=1"),
+        (True, (9, 0), "cuda", "is interpreted in this process, on the cpu (TRITON_INTERPRET)"),
+        (True, None, "cpu", None),
+    ],
+)
+def test_triton_says_where_it_does_not_run(
+    interpreted: bool,
+    capability: tuple[int, int] | None,
+    device: str,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = BACKENDS["triton"].load()
+    monkeypatch.setattr(module, "INTERPRETED", interpreted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert module.unavailable(device) == reason
+    assert BACKENDS["triton"].why_not("attention", device) == reason
+
+
+def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.2.0")
+    for name in [name for name in sys.modules if name.startswith("vitq_kernels.ops.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    reason = BACKENDS["triton"].why_not("attention", "cuda")
+    assert reason == "does not load: it needs triton 3.4 or later, found 3.2.0"

@@ -22,7 +22,10 @@ class BackendUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the ops: a module with one function per op, under the op's name."""
+    """An implementation of the ops: a module with one function per op, under the op's name.
+
+    A module that cannot run on every device of a type has ``unavailable(device)``: why not, or None.
+    """
 
     name: str
     module: str  # imported on first use
@@ -43,7 +46,8 @@ class Backend:
             module = self.load()
         except BackendUnavailableError as error:
             return f"does not load: {error.__cause__}"
-        return None if hasattr(module, op) else "lacks this op"
+        reason: str | None = module.unavailable(device) if hasattr(module, "unavailable") else None
+        return reason if reason or hasattr(module, op) else "lacks this op"
 
 
 # In order of preference where nothing is asked for.
@@ -51,6 +55,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "vitq_kernels.ops.cpu", ("cpu",)),
+        Backend("triton", "vitq_kernels.ops.triton", ("cuda", "cpu")),
         Backend("reference", "vitq_kernels.ops.reference", ()),
     )
 }
