@@ -19,6 +19,7 @@ from vitq_kernels.cli_output import console, finish, one_voice, shown, wrote
 from vitq_kernels.cli_quantize import quantize
 from vitq_kernels.cli_quantized import facts
 from vitq_kernels.cli_score import score
+from vitq_kernels.cli_tune import tune_tiles
 from vitq_kernels.demo import run_demo
 from vitq_kernels.doctor import examine
 from vitq_kernels.ops import BackendUnavailableError
@@ -55,6 +56,7 @@ app.command()(allocate)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command(name="tune")(tune_tiles)
 
 
 @app.command()
