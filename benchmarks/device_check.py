@@ -49,6 +49,8 @@ STAGES = (
     Stage("environment", "benchmarks.device_stages:environment", 60),
     Stage("tests", "benchmarks.device_stages:run_tests", 300),
     Stage("end_to_end", "benchmarks.device_stages:end_to_end", 180),
+    Stage("triton_correctness", "benchmarks.triton_stages:triton_correctness", 180),
+    Stage("triton_microbenchmarks", "benchmarks.triton_stages:triton_microbenchmarks", 200),
 )
 
 

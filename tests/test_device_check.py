@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -82,8 +83,8 @@ def test_the_table_fits_in_ten_minutes() -> None:
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_a_stage_names_a_function(stage: Stage) -> None:
     module, name = stage.function.split(":")
-    assert module == "benchmarks.device_stages"
-    assert callable(getattr(device_stages, name))
+    assert module.startswith("benchmarks.")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_every_stage_runs_whatever_the_others_do(tmp_path: Path, marks: Path) -> None:

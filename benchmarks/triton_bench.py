@@ -1,0 +1,258 @@
+"""Measures the Triton backend on ViT-B/16: checks each kernel against the reference first, then times it.
+
+The most valuable rows come first; what time does not allow is listed. ``timer`` and sizes are arguments, so that tests
+run all of it without a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.device_check import CheckFailed, StageRun
+from benchmarks.microbench import (
+    Peaks,
+    Row,
+    Timer,
+    Timing,
+    geometric_mean,
+    rotated,
+    select,
+    speedups,
+    target,
+)
+from benchmarks.triton_cases import CUBLAS, MIXED, AnyCase, AttentionCase, LinearCase, RowCase, why_wrong
+from tests.conformance import Case, op_arguments
+from vitq_kernels.ops import use_backend
+from vitq_kernels.ops.triton.launch import device_of
+from vitq_kernels.ops.triton.tiles import Tile, rank
+from vitq_kernels.ops.triton.tuned import choose, forced
+
+TOKENS, CHANNELS, HEADS = 197, 768, 12  # ViT-B/16-224
+BATCHES = (64, 8, 1)  # the most valuable first
+WIDTHS = ((8,), (4,), (3,), MIXED, MIXED[:1])  # of weights; the widest of the mixed ones alone, to compare
+BEST_TILES = 5
+RESERVE_S = 10.0  # left when measuring stops
+TRITON_OVER_CUBLAS = 1.2  # ../shared/docs/kernels.md 5.1, Triton tier, batch 64 and more
+MIXED_OVER_WIDEST = 1.05  # ../shared/docs/kernels.md 5.1, widths
+Task = tuple[AnyCase, "Tile | None"]
+
+
+def linear_cases(batch: int, tokens: int = TOKENS, channels: int = CHANNELS, data: str = "uniform") -> list[LinearCase]:
+    """The four layers at every width, the widths of one layer together."""
+    c, m = channels, batch * tokens
+    layers = (
+        ("qkv", "linear_codes", 3 * c, c),
+        ("proj", "linear_residual", c, c),
+        ("fc1", "linear_gelu_codes", 4 * c, c),
+        ("fc2", "linear_residual", c, 4 * c),
+    )
+    return [LinearCase(name, op, batch, m, n, k, widths, data) for name, op, n, k in layers for widths in WIDTHS]
+
+
+def plan() -> list[AnyCase]:
+    """Every case of the stage, the most valuable first."""
+    cases: list[AnyCase] = []
+    for batch in BATCHES:
+        cases += linear_cases(batch)
+        cases += [AttentionCase(batch, s, HEADS, CHANNELS // HEADS) for s in (197, 577)]
+        cases += [RowCase(op, batch, batch * TOKENS, CHANNELS) for op in ("layernorm", "quantize")]
+        if batch == BATCHES[0]:
+            cases += linear_cases(batch, data="gaussian")
+    return cases
+
+
+def tile_plan(cases: Iterable[AnyCase]) -> list[LinearCase]:
+    """The layers whose tiles are measured: the deepest and the widest product, unpacked and not."""
+    return [
+        case
+        for case in cases
+        if isinstance(case, LinearCase)
+        and case.case in ("qkv", "fc2")
+        and case.widths in ((8,), (4,))
+        and case.data == "uniform"
+    ]
+
+
+class Bench:
+    """One run of the measurements; the rows are kept as they come."""
+
+    def __init__(
+        self, run: StageRun, backend: str, device: str, timer: Timer, peaks: Peaks | None, l2_bytes: int
+    ) -> None:
+        self.run, self.backend, self.device, self.timer = run, backend, device, timer
+        self.peaks, self.l2_bytes = peaks, l2_bytes
+        self.gpu = device_of(torch.empty(0, device=device))
+        self.rows: list[Row] = []
+        self.tile_rows: list[Row] = []
+        self.wrong: list[Row] = []
+        self.skipped: list[Row] = []
+        self.left_out: list[str] = []
+        self.baseline_us: dict[tuple[Any, ...], dict[str, list[Timing] | None]] = {}
+        self.longest_s = 0.0
+
+    def measure(self, cases: Sequence[AnyCase], tiled: Sequence[LinearCase]) -> None:
+        """Runs every case and then the tiles of ``tiled``, as far as time goes.
+
+        Raises:
+            CheckFailed: a kernel gave wrong numbers or could not be timed, or time ran out.
+        """
+        self.run.keep(targets=[], speedups=[], tile_choice=[], wrong=[], skipped_baselines=[])
+        for case in cases:
+            self.in_time(_name(case), lambda case=case: self.case(case))
+        for case in tiled:
+            self.in_time(f"tiles of {_name(case)}", lambda case=case: self.tiles(case))
+        reasons = [f"wrong: {', '.join(row['case'] for row in self.wrong)}"] if self.wrong else []
+        if self.left_out:
+            names = ", ".join(self.left_out)
+            reasons.append(f"time ran out before {len(self.left_out)} of {len(cases) + len(tiled)}: {names}")
+        if reasons:
+            raise CheckFailed("; ".join(reasons))
+
+    def in_time(self, name: str, step: Callable[[], None]) -> None:
+        """Takes a step and keeps what there is, or writes down that there was no time for it."""
+        if self.run.left_s < RESERVE_S + self.longest_s:
+            self.left_out.append(name)
+            self.run.keep(left_out=self.left_out)
+            return
+        start = time.monotonic()
+        try:
+            step()
+        except Exception as error:  # such as a kernel that cannot be captured: the others are measured all the same
+            self.wrong.append({"case": name, "why": f"{type(error).__name__}: {error}"[:500]})
+        self.keep()
+        self.longest_s = max(self.longest_s, time.monotonic() - start)
+
+    def keep(self) -> None:
+        """Keeps the rows and what follows from them."""
+        self.run.keep(
+            targets=targets(self.rows),
+            speedups=speedups(self.rows),
+            tile_choice=tile_choice(self.tile_rows),
+            wrong=self.wrong,
+            skipped_baselines=self.skipped,
+            rows=self.rows,
+            tiles=self.tile_rows,
+        )
+
+    def checked(self, case: AnyCase, built: Case, tile: Tile | None = None) -> bool:
+        """Whether the kernel gives the reference's numbers; writes down if it does not."""
+        why = why_wrong(built, self.backend, self.device)
+        if why:
+            name = f"{_name(case)}{f', {tile}' if tile else ''}"
+            self.wrong.append({"case": name, "why": why})
+        return not why
+
+    def case(self, case: AnyCase) -> None:
+        """Checks and times a case and its baselines, with cold and with hot buffers."""
+        built = case.build(self.device)
+        if not self.checked(case, built):
+            return
+        tile = str(choose(case.problem, self.gpu)) if isinstance(case, LinearCase) and self.backend == "triton" else ""
+        caches = ("cold", "hot") if case.data == "uniform" else ("cold",)
+        with use_backend(self.backend):
+            ours = self.timed(getattr(torch.ops.vitq, case.op), op_arguments(built, self.device), caches)
+        baselines = self.baselines(case, built, caches)
+        for cache, found in zip(caches, ours, strict=True):
+            row = {"op": case.op, "case": case.case, "batch": case.batch, **case.sizes, "cache": cache, "tile": tile}
+            row |= vars(found) | case.work.rates(found.us, self.peaks)
+            for name, times in baselines.items():
+                other = times[caches.index(cache)] if times else None
+                compared = {"baseline_us": other.us, "speedup_x": other.us / found.us} if other else {}
+                self.rows.append({**row, "baseline": name, "baseline_us": None, "speedup_x": None, **compared})
+
+    def timed(self, function: Callable[..., object], arguments: Sequence[Any], caches: Sequence[str]) -> list[Timing]:
+        """The time of a call with buffers that come from memory (cold) or are the same each time (hot)."""
+        calls = rotated(function, arguments, self.l2_bytes)
+        return [self.timer(calls if cache == "cold" else calls[:1]) for cache in caches]
+
+    def baselines(self, case: AnyCase, built: Case, caches: Sequence[str]) -> dict[str, list[Timing] | None]:
+        """Times of the baselines, measured once for all widths of a layer; None where torch cannot run one here."""
+        key = (case.op, case.case, case.batch, case.data)
+        if key not in self.baseline_us:
+            found: dict[str, list[Timing] | None] = {}
+            for name, (function, arguments) in case.baselines(built).items():
+                try:
+                    found[name] = self.timed(function, arguments, caches)
+                except RuntimeError as error:  # SDPA says so where a backend does not take the shape or the device
+                    found[name] = None
+                    self.skipped.append({"baseline": name, "case": _name(case), "why": str(error)[:300]})
+            self.baseline_us[key] = found
+        return self.baseline_us[key]
+
+    def tiles(self, case: LinearCase) -> None:
+        """Times the tiles that the cost model likes best beside what it says of them, with cold buffers."""
+        built = case.build(self.device)
+        for place, (tile, predicted_us) in enumerate(rank(case.problem, self.gpu)[:BEST_TILES], 1):
+            with forced(tile):
+                if not self.checked(case, built, tile):
+                    continue
+                with use_backend(self.backend):
+                    arguments = op_arguments(built, self.device)
+                    (found,) = self.timed(getattr(torch.ops.vitq, case.op), arguments, ("cold",))
+            row = {"case": case.case, "batch": case.batch, **case.sizes, "tile": str(tile), "rank": place}
+            ratio = {"predicted_us": predicted_us, "measured_over_predicted_x": found.us / predicted_us}
+            self.tile_rows.append(row | vars(found) | ratio)
+
+
+def compile_tasks(cases: Sequence[AnyCase], tiled: Sequence[LinearCase], device: str = "cuda") -> list[Task]:
+    """What ``Bench.measure`` needs compiled, in its order; the distribution of the codes changes nothing."""
+    gpu = device_of(torch.empty(0, device=device))
+    tasks: list[Task] = [(case, None) for case in cases if case.data == "uniform"]
+    return tasks + [(case, tile) for case in tiled for tile, _ in rank(case.problem, gpu)[:BEST_TILES]]
+
+
+def compile_one(task: Task, backend: str = "triton", device: str = "cuda") -> str:
+    """Runs a case once, which leaves its kernels in Triton's cache; what went wrong, or an empty string."""
+    case, tile = task
+    try:
+        built = case.build(device)
+        with use_backend(backend), forced(tile):
+            getattr(torch.ops.vitq, case.op)(*op_arguments(built, device))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # ``Bench.checked`` meets it again and reports it
+        return f"{_name(case)}: {type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def _name(case: AnyCase) -> str:
+    widths = f" w{case.sizes['bits_w']}" if case.sizes["bits_w"] else ""
+    data = "" if case.data == "uniform" else f" {case.data}"
+    return f"{case.op} {case.case}{widths}{data} at batch {case.batch}"
+
+
+def targets(rows: Sequence[Row]) -> list[Row]:
+    """The Triton tier's targets on uniform codes and cold buffers; means over the four layers."""
+    cold = select(rows, cache="cold", data="uniform")
+    found = []
+    largest = max((row["batch"] for row in cold), default=0)
+    for bits in dict.fromkeys(row["bits_w"] for row in select(cold, baseline=CUBLAS, batch=largest)):
+        group = select(cold, baseline=CUBLAS, batch=largest, bits_w=bits)
+        value = geometric_mean([row["speedup_x"] for row in group if row["speedup_x"]])
+        name = f"W{bits} over {CUBLAS} at batch {largest}"
+        found.append(target(name, value, TRITON_OVER_CUBLAS, at_least=True))
+    for batch in dict.fromkeys(row["batch"] for row in cold):
+        here = {(row["case"], row["bits_w"]): row["us"] for row in select(cold, batch=batch) if row.get("N")}
+        ratios = [
+            us / here[layer, bits.split("/")[-1]]
+            for (layer, bits), us in here.items()
+            if "/" in bits and (layer, bits.split("/")[-1]) in here
+        ]
+        name = f"time of mixed widths over that of the widest alone, batch {batch}"
+        found.append(target(name, geometric_mean(ratios), MIXED_OVER_WIDEST, at_least=False))
+    return found
+
+
+def tile_choice(rows: Sequence[Row]) -> list[Row]:
+    """What the model's first tile costs over the best that was measured of its five."""
+    result = []
+    for case, batch, bits in dict.fromkeys((row["case"], row["batch"], row["bits_w"]) for row in rows):
+        group = select(rows, case=case, batch=batch, bits_w=bits)
+        first, best = select(group, rank=1), min(group, key=lambda row: row["us"])
+        cost = first[0]["us"] / best["us"] if first else None
+        result.append({"case": case, "batch": batch, "bits_w": bits, "best": best["tile"], "cost_of_choice_x": cost})
+    return result

@@ -1,0 +1,245 @@
+"""What must hold of the Triton backend on a GPU: the numbers, whatever tile, stream, graph or size.
+
+The cases are those of the tests. Parts that compile much run in several processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.device_check import CheckFailed, StageRun
+from benchmarks.triton_cases import AttentionCase, LinearCase, why_wrong
+from tests.conformance import Case, check_values, op_arguments
+from tests.numerics import CODE_KINDS, codes, integers, uniform
+from tests.op_cases import ALL_CASES, weight_codes, zero_points
+from vitq_kernels.ops import reference, use_backend
+from vitq_kernels.ops.triton.launch import device_of
+from vitq_kernels.ops.triton.tiles import Problem, candidates
+from vitq_kernels.ops.triton.tuned import forced
+from vitq_kernels.packing import pack_weight
+from vitq_kernels.spec import RowGroups
+
+KEPT_FAILURES = 20
+RESERVE_S = 8.0  # left to the stage when it stops
+PARTS_S = 40.0  # left to what comes after the cases of the tests
+DELAY_CLOCKS = 20_000_000  # about 10 ms on the stream, so that whoever does not wait reads what was there before
+# Windows of widths 3, 6, 4 and rows of several widths inside them; N and K are multiples of nothing convenient.
+TILE_MIXED = RowGroups(1000, tuple(itertools.islice(itertools.cycle((3, 2, 6, 4, 4, 3)), 16)), 64)
+TILE_UNIFORM = RowGroups.uniform(768, 4)
+TILE_SHAPES = {"mixed": (197, 1328, TILE_MIXED, "extreme"), "uniform": (197, 3072, TILE_UNIFORM, "one_sided")}
+TILE_PROBLEMS = {"mixed": (3, 4, 6), "uniform": (4,)}  # widths of their windows
+Task = tuple[str, Any]  # which check, and of what
+# Runs a function on tasks, leaves so many seconds, and yields (task, what was wrong) of those that came in time.
+Spread = Callable[[Callable[[Task], str], Sequence[Task], float], Iterable[tuple[Task, str]]]
+
+REAL_LINEARS = tuple(
+    LinearCase(f"{n}x{k}", "linear_codes", 8, 8 * 197, n, k, widths, "one_sided" if k > n else "uniform")
+    for n, k in ((3072, 768), (768, 3072), (768, 768))
+    for widths in ((8,), (4,), (3,), (6, 3, 4))
+)
+REAL_ATTENTIONS = tuple(AttentionCase(2, s, 12, 64) for s in (197, 577, 1025))
+
+
+def check_one(task: Task, backend: str = "triton", device: str = "cuda") -> str:
+    """Checks a case of the tests by its number, or a tile of the linear kernel; what was wrong, or nothing."""
+    kind, what = task
+    broken = _broken(device)
+    if broken:
+        return f"not run: {broken}"
+    try:
+        if kind == "case":
+            check_values(ALL_CASES[what], backend, device, reference_floats=False)
+        else:
+            with forced(what):
+                check_values(tile_case(kind), backend, device, reference_floats=False)
+    except Exception as error:  # whatever a kernel does is the result of the check
+        return f"{type(error).__name__}: {error}"[:500]
+    return ""
+
+
+def _broken(device: str) -> str:
+    """Why nothing can run in this process any more: after an illegal access every call of CUDA fails."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"an earlier kernel broke the GPU context of the process ({error})".splitlines()[0]
+    return ""
+
+
+@cache
+def tile_case(name: str) -> Case:
+    """The case on which tiles are tried: adversarial codes, outputs over the whole range."""
+    m, k, groups, kind = TILE_SHAPES[name]
+    a, weight = codes(kind, (m, k), seed=51), weight_codes("random", groups, k, seed=52)
+    acc = reference.accumulate(a, [weight], None)
+    bias_q = integers(-60, 60, (groups.rows,), seed=53) - acc.double().mean(0).int()
+    multiplier = 160 * uniform(0.5, 1.5, (groups.rows,), seed=54) / (acc + bias_q).abs().amax(0).clamp_min(1)
+    known = {"a": a, "weight": pack_weight(weight, groups), "multiplier": multiplier, "bias_q": bias_q}
+    return Case("linear_codes", f"tiles-{name}", known | {"zero_point": zero_points((groups.rows,), 8, 55), "bits": 8})
+
+
+def tile_tasks(device: str = "cuda") -> list[Task]:
+    """Every legal tile of both cases."""
+    gpu = device_of(torch.empty(0, device=device))
+    found: list[Task] = []
+    for name, (m, k, groups, _) in TILE_SHAPES.items():
+        problem = Problem(m, groups.rows, k, TILE_PROBLEMS[name], "codes")
+        found += [(name, tile) for tile in candidates(problem, gpu)]
+    return found
+
+
+class Checks:
+    """One run of the checks; counts and failures are kept as they come."""
+
+    def __init__(self, run: StageRun, backend: str = "triton", device: str = "cuda") -> None:
+        self.run, self.backend, self.device = run, backend, device
+        self.failures: list[dict[str, str]] = []
+        self.counts: dict[str, dict[str, Any]] = {}
+        self.left_out: list[str] = []
+
+    def count(self, part: str, case: str, why: str) -> None:
+        """Writes down what came of one check."""
+        row = self.counts.setdefault(part, {"checked": part, "passed": 0, "failed": 0, "not_run": 0})
+        row["not_run" if why.startswith("not run") else "failed" if why else "passed"] += 1
+        if why:
+            self.failures.append({"checked": part, "case": case, "why": why})
+        self.run.keep(counts=list(self.counts.values()), failures=self.failures[:KEPT_FAILURES])
+
+    def spread(self, spread: Spread, tasks: Sequence[Task], reserve_s: float) -> None:
+        """Runs tasks in other processes; those that did not come in time count as not run."""
+        waiting = dict.fromkeys(tasks)
+        for task, why in spread(check_one, tasks, reserve_s):
+            del waiting[task]
+            self.count(*_label(task), why)
+        for task in waiting:
+            part, case = _label(task)
+            self.left_out.append(f"{part} {case}")
+            row = self.counts.setdefault(part, {"checked": part, "passed": 0, "failed": 0, "not_run": 0})
+            row["not_run"] += 1
+        self.run.keep(counts=list(self.counts.values()), left_out=len(self.left_out))
+
+    def part(self, part: str, case: str, check: Callable[[], str]) -> None:
+        """Runs a check here, if there is time."""
+        if self.run.left_s < RESERVE_S:
+            self.left_out.append(f"{part} {case}")
+            return
+        try:
+            why = check()
+        except Exception as error:  # as in check_one
+            why = f"{type(error).__name__}: {error}"[:500]
+        self.count(part, case, why)
+
+    def conclude(self) -> None:
+        """Raises CheckFailed, naming what failed and what was left out."""
+        reasons = []
+        if self.failures:
+            names = ", ".join(f"{row['checked']} {row['case']}" for row in self.failures[:KEPT_FAILURES])
+            reasons.append(f"{len(self.failures)} failed: {names}")
+        if self.left_out:
+            names = ", ".join(self.left_out[:KEPT_FAILURES])
+            reasons.append(f"time ran out before {len(self.left_out)} checks: {names}")
+        if reasons:
+            raise CheckFailed("; ".join(reasons))
+
+    def everything(self, spread: Spread) -> None:
+        """All parts: the tests' cases first, the tiles, of which there are most, last."""
+        # Kinds of data follow each other in the list and share a kernel: one of each first, so that it compiles once.
+        order = sorted(range(len(ALL_CASES)), key=lambda i: i % len(CODE_KINDS))
+        self.spread(spread, [("case", i) for i in order], RESERVE_S + PARTS_S)
+        self.part("stream", "block on a stream of its own", self.check_stream)
+        self.part("graph", "block replayed with other inputs", self.check_graph)
+        for real in (*REAL_LINEARS, *REAL_ATTENTIONS):
+            self.part("real sizes", f"{real.op} {real.sizes}", lambda real=real: self.check_real(real))
+        self.spread(spread, tile_tasks(self.device), RESERVE_S)
+        self.conclude()
+
+    def check_real(self, case: LinearCase | AttentionCase) -> str:
+        """Bit-identical to the reference on the same GPU."""
+        return why_wrong(case.build(self.device), self.backend, self.device)
+
+    def check_stream(self) -> str:
+        """Everything runs on the current stream: inputs come late on it, and outputs are read on it."""
+        with use_backend(self.backend):
+            block = Block(self.device)
+            given = block.input(1)
+            expected = block(given)
+            late = torch.zeros_like(given)
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(DELAY_CLOCKS)
+                late.copy_(given)
+                actual = block(late)
+            stream.synchronize()
+            return "" if torch.equal(actual, expected) else _differing(actual, expected)
+
+    def check_graph(self) -> str:
+        """A graph captured on one input and replayed on others gives what eager calls give."""
+        with use_backend(self.backend):
+            block = Block(self.device)
+            static = block.input(1)
+            block(static)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = block(static)
+            for seed in (2, 3):
+                static.copy_(block.input(seed))
+                captured.zero_()
+                graph.replay()
+                torch.cuda.synchronize()
+                expected = block(block.input(seed))
+                if not torch.equal(captured, expected):
+                    return f"input {seed}: {_differing(captured, expected)}"
+        return ""
+
+
+class Block:
+    """A transformer block of ops: two LayerNorms, four linears of mixed widths, attention, GELU, two residual adds."""
+
+    def __init__(self, device: str, batch: int = 2, s: int = 197, heads: int = 3, head_dim: int = 64) -> None:
+        c = heads * head_dim
+        self.shape, self.heads, self.device = (batch, s, c), heads, device
+        attention = AttentionCase(batch, s, heads, head_dim).build(device)
+        self.tables = [v for name, v in attention.arguments.items() if name not in ("q", "k", "v")]
+        layers = (
+            ("qkv", "linear_codes", 3 * c, c),
+            ("proj", "linear_residual", c, c),
+            ("fc1", "linear_gelu_codes", 4 * c, c),
+            ("fc2", "linear_residual", c, 4 * c),
+        )
+        self.tails: dict[str, tuple[Any, ...]] = {}
+        for name, op, n, k in layers:
+            built = LinearCase(name, op, batch, batch * s, n, k, (6, 3, 4)).build(device)
+            self.tails[name] = op_arguments(built, device)[1:]  # prepared weight, layout, and what follows
+        self.norm = (torch.full((c,), 40.0, device=device), torch.full((c,), 0.25, device=device), 1e-6, 8)
+
+    def input(self, seed: int) -> Tensor:
+        """A residual stream, float16 [B, S, C]."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(self.shape, generator=generator, device=self.device).half()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The residual stream after the block."""
+        ops, (b, s, c) = torch.ops.vitq, self.shape
+        qkv = ops.linear_codes(ops.layernorm(x, *self.norm), *self.tails["qkv"])
+        q, k, v = qkv.view(b, s, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = ops.linear_residual(ops.attention(q, k, v, *self.tables), *self.tails["proj"][:-1], x)
+        hidden = ops.linear_gelu_codes(ops.layernorm(x, *self.norm), *self.tails["fc1"])
+        return ops.linear_residual(hidden, *self.tails["fc2"][:-1], x)
+
+
+def _differing(actual: Tensor, expected: Tensor) -> str:
+    return f"{int((actual != expected).sum())} of {actual.numel()} values differ"
+
+
+def _label(task: Task) -> tuple[str, str]:
+    kind, what = task
+    return (ALL_CASES[what].op, ALL_CASES[what].label) if kind == "case" else (f"tiles, {kind}", str(what))

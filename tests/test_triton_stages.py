@@ -1,0 +1,242 @@
+"""The Triton stages of ``benchmarks.device_check``, driven without a GPU: tiny sizes, the cpu backend, a fake timer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import triton_stages
+from benchmarks.device_check import CheckFailed, NotRun, StageRun
+from benchmarks.microbench import Peaks, Timer, Timing, geometric_mean, speedups
+from benchmarks.triton_bench import (
+    RESERVE_S,
+    Bench,
+    compile_one,
+    compile_tasks,
+    linear_cases,
+    plan,
+    targets,
+    tile_choice,
+    tile_plan,
+)
+from benchmarks.triton_cases import CUBLAS, INT_MM, SDPA, UNFUSED, AttentionCase, LinearCase, RowCase
+from vitq_kernels.ops import cpu
+from vitq_kernels.ops.triton.launch import INTERPRETED
+
+PEAKS = Peaks(1979, 989, 4800)
+CASES = [
+    *linear_cases(2, 9, 16),
+    AttentionCase(2, 9, 2, 8),
+    RowCase("layernorm", 2, 18, 16),
+    RowCase("quantize", 2, 18, 16),
+]
+COLUMNS = {"op", "case", "batch", "bits_w", "data", "cache", "tile", "us", "us_p20", "us_p80", "pct_of_peak"}
+LAYER = LinearCase("qkv", "linear_codes", 1, 17, 24, 64, (4,))
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="triton is compiled in this process")
+
+
+class FakeTimer:
+    """Runs what it is given once and says 1, 2, 3, ... microseconds."""
+
+    def __init__(self) -> None:
+        self.called: list[int] = []  # how many calls took turns
+
+    def __call__(self, calls: Sequence[Callable[[], object]]) -> Timing:
+        for call in calls[:2]:
+            call()
+        self.called.append(len(calls))
+        us = float(len(self.called))
+        return Timing(us, 0.9 * us, 1.1 * us)
+
+
+def stage_run(tmp_path: Path, limit_s: float = 600) -> StageRun:
+    return StageRun(None, limit_s, tmp_path / "result.json")
+
+
+def bench(run: StageRun, timer: Timer, backend: str = "cpu") -> Bench:
+    return Bench(run, backend, "cpu", timer, PEAKS, l2_bytes=1000)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the microbenchmarks keep of the tiny cases."""
+    run, timer = stage_run(tmp_path_factory.mktemp("bench")), FakeTimer()
+    bench(run, timer).measure([*CASES, *linear_cases(2, 9, 16, "gaussian")], [LAYER])
+    return run.data | {"calls": timer.called}
+
+
+def test_rows_are_complete(measured: dict[str, Any]) -> None:
+    rows = measured["rows"]
+    assert all(row.keys() >= COLUMNS for row in rows)
+    assert all(row.keys() >= ({"M", "K"} if "K" in row else {"B", "H", "S", "D"}) for row in rows)
+    assert all(("gbps" if row["op"] in ("layernorm", "quantize") else "tops") in row for row in rows)
+    kinds = [(r["case"], r["bits_w"], r["data"], r["cache"]) for r in rows if r["baseline"] == CUBLAS]
+    layers, widths = ("qkv", "proj", "fc1", "fc2"), ("8", "4", "3", "3/4/6", "6")
+    uniform = [(name, bits, "uniform", cache) for name in layers for bits in widths for cache in ("cold", "hot")]
+    assert kinds == uniform + [(name, bits, "gaussian", "cold") for name in layers for bits in widths]
+    assert {r["baseline"] for r in rows if r["case"] == "fc1"} == {CUBLAS, INT_MM, UNFUSED}
+    assert {r["baseline"] for r in rows if r["op"] == "attention"} == set(SDPA)
+
+
+def test_ratios_are_of_the_two_times(measured: dict[str, Any]) -> None:
+    compared = [row for row in measured["rows"] if row["baseline_us"]]
+    assert len(compared) > 100
+    assert all(row["speedup_x"] == row["baseline_us"] / row["us"] for row in compared)
+    assert all((row["us_p20"], row["us_p80"]) == (0.9 * row["us"], 1.1 * row["us"]) for row in compared)
+    row = compared[0]
+    assert row["tops"] == 2 * 18 * 48 * 16 / row["us"] / 1e6
+    assert row["pct_of_peak"] == pytest.approx(100 * row["tops"] / 1979)
+
+
+def test_baselines_are_timed_once_a_layer(measured: dict[str, Any]) -> None:
+    layer = [row for row in measured["rows"] if (row["case"], row["data"], row["cache"]) == ("qkv", "uniform", "hot")]
+    assert len({row["us"] for row in layer}) == 5
+    assert len({row["baseline_us"] for row in layer}) == 3
+
+
+def test_a_baseline_that_raises_is_named(measured: dict[str, Any]) -> None:
+    skipped = {row["baseline"]: row["case"] for row in measured["skipped_baselines"]}
+    assert skipped["SDPA cudnn fp16"] == "attention S=9 at batch 2"
+    rows = [row for row in measured["rows"] if row["baseline"] == "SDPA cudnn fp16"]
+    assert [(row["baseline_us"], row["speedup_x"]) for row in rows] == [(None, None)] * 2
+
+
+def test_cold_calls_take_turns_and_hot_ones_do_not(measured: dict[str, Any]) -> None:
+    assert measured["calls"][1] == 1
+    assert measured["calls"][0] >= 2
+
+
+def test_tiles_of_the_model_are_measured(measured: dict[str, Any]) -> None:
+    rows = measured["tiles"]
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["measured_over_predicted_x"] == row["us"] / row["predicted_us"] for row in rows)
+    assert sorted(row["predicted_us"] for row in rows) == [row["predicted_us"] for row in rows]
+    (choice,) = measured["tile_choice"]
+    assert (choice["best"], choice["cost_of_choice_x"]) == (rows[0]["tile"], 1.0)  # the fake timer's first is its least
+
+
+@interpreted
+def test_the_interpreter_names_its_tile(tmp_path: Path) -> None:
+    run = stage_run(tmp_path)
+    bench(run, FakeTimer(), "triton").measure([LAYER], [])
+    assert {row["tile"] for row in run.data["rows"]} == {"64 rows x 16 tokens, 4 warps, 4 stages"}
+
+
+def off(outputs: Tensor) -> Tensor:
+    return outputs.bitwise_xor(1) if outputs.dtype == torch.int8 else outputs * 1.01
+
+
+@pytest.mark.parametrize("case", {case.op: case for case in CASES}.values(), ids=lambda case: case.op)
+def test_a_wrong_kernel_is_not_timed(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(cpu, case.op)
+    monkeypatch.setattr(cpu, case.op, lambda *args: off(right(*args)))
+    run, timer = stage_run(tmp_path), FakeTimer()
+    with pytest.raises(CheckFailed, match=rf"^wrong: {case.op} .* at batch 2$"):
+        bench(run, timer).measure([case], [])
+    assert timer.called == []
+    assert run.data["rows"] == []
+    assert "AssertionError: " in run.data["wrong"][0]["why"]
+
+
+def test_a_wrong_kernel_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "linear_codes", lambda *args: 1 / 0)
+    run = stage_run(tmp_path)
+    with pytest.raises(CheckFailed, match=r"^wrong: linear_codes qkv w8 at batch 2$"):
+        bench(run, FakeTimer()).measure([CASES[0], CASES[-1]], [])
+    assert run.data["wrong"][0]["why"] == "ZeroDivisionError: division by zero"
+    assert {row["op"] for row in run.data["rows"]} == {"quantize"}
+
+
+def test_a_kernel_that_cannot_be_timed_is_named(tmp_path: Path) -> None:
+    def timer(calls: Sequence[Callable[[], object]]) -> Timing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    run = stage_run(tmp_path)
+    with pytest.raises(CheckFailed, match=r"^wrong: layernorm K=16 at batch 2, quantize K=16 at batch 2$"):
+        bench(run, timer).measure(CASES[-2:], [])
+    assert run.data["wrong"][0]["why"] == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_a_kernel_that_writes_nothing_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = torch.zeros(18, 16, dtype=torch.int8)
+    monkeypatch.setattr(cpu, "quantize", lambda *args: output)
+    with pytest.raises(CheckFailed, match=r"^wrong: quantize"):
+        bench(stage_run(tmp_path), FakeTimer()).measure([CASES[-1]], [])
+    assert set(output.flatten().tolist()) == {0x5A}  # poisoned before the call that counts
+
+
+def test_time_that_runs_out_leaves_a_reason(tmp_path: Path) -> None:
+    run = stage_run(tmp_path, RESERVE_S)
+    with pytest.raises(CheckFailed, match=r"^time ran out before 24 of 24: linear_codes qkv w8 at batch 2, "):
+        bench(run, FakeTimer()).measure(CASES, [LAYER])
+    assert len(run.data["left_out"]) == 24
+
+
+@pytest.mark.parametrize("stage", [triton_stages.triton_correctness, triton_stages.triton_microbenchmarks])
+def test_without_a_gpu_nothing_runs(
+    stage: Callable[[StageRun], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotRun, match=r"^no GPU$"):
+        stage(stage_run(tmp_path))
+
+
+def test_the_plan_starts_with_what_is_worth_most() -> None:
+    cases = plan()
+    assert [case.batch for case in cases] == sorted((case.batch for case in cases), reverse=True)
+    assert {case.m for case in cases if isinstance(case, LinearCase)} == {197, 1576, 12608}
+    assert cases[3].problem.widths == (3, 4, 6)
+    tiled = tile_plan(cases)
+    assert len(tiled) == 12
+    tasks = compile_tasks(cases, tiled, "cpu")
+    assert len(tasks) == len([case for case in cases if case.data == "uniform"]) + 5 * 12
+
+
+def test_compiling_runs_the_case() -> None:
+    assert compile_one((LAYER, None), "cpu", "cpu") == ""
+    assert compile_one((LAYER, None), "cpu", "meta").startswith("linear_codes qkv w4 at batch 1: ")
+
+
+def test_targets() -> None:
+    def row(case: str, bits: str, us: float, **given: Any) -> dict[str, Any]:
+        base = {"op": "linear_codes", "batch": 64, "N": 8, "data": "uniform", "cache": "cold", "baseline": CUBLAS}
+        return {**base, "case": case, "bits_w": bits, "us": us, "speedup_x": 12.0 / us, **given}
+
+    rows = [row("qkv", "8", 6.0), row("fc2", "8", 24.0), row("qkv", "6", 10.0), row("qkv", "3/4/6", 10.6)]
+    found = {
+        r["target"]: (r["bound"], r["measured"], r["result"]) for r in targets([*rows, row("qkv", "8", 1, cache="hot")])
+    }
+    assert found == {
+        f"W8 over {CUBLAS} at batch 64": (">= 1.2", pytest.approx(1.0), "not met"),
+        f"W6 over {CUBLAS} at batch 64": (">= 1.2", pytest.approx(1.2), "met"),
+        f"W3/4/6 over {CUBLAS} at batch 64": (">= 1.2", pytest.approx(12 / 10.6), "not met"),
+        "time of mixed widths over that of the widest alone, batch 64": ("<= 1.05", pytest.approx(1.06), "not met"),
+    }
+    (means,) = speedups(rows)
+    assert means["cold_x"] == pytest.approx(geometric_mean([2.0, 0.5, 1.2, 12 / 10.6]))
+    assert (means["cases"], means["hot_x"]) == (4, None)
+
+
+def test_the_cost_of_the_model_s_choice() -> None:
+    rows = [
+        {"case": "qkv", "batch": 1, "bits_w": "4", "tile": t, "rank": i, "us": us}
+        for i, t, us in ((1, "a", 6.0), (2, "b", 4.0))
+    ]
+    assert tile_choice(rows)[0]["cost_of_choice_x"] == 1.5
+    assert tile_choice(rows[1:])[0]["cost_of_choice_x"] is None
+
+
+def test_processes_give_what_comes_in_time() -> None:
+    assert dict(triton_stages.in_processes(str, [1, 2], 60, workers=1)) == {1: "1", 2: "2"}
+    assert dict(triton_stages.in_processes(str, [1], 0.0, workers=1)) == {}
+
+
+def test_a_process_that_dies_is_a_result() -> None:
+    ((_, why),) = triton_stages.in_processes(os._exit, [3], 60, workers=1)
+    assert why.startswith("BrokenProcessPool: ")
