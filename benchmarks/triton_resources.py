@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -164,9 +166,10 @@ def attention_configurations(arch: Architecture) -> Iterator[Configuration]:
                     )
 
 
-def attention_call(tokens: int, head_dim: int, biased: bool, normalised: bool) -> Callable[[], object]:
+def attention_call(
+    tokens: int, head_dim: int, biased: bool, normalised: bool, batch: int = 8, heads: int = 12
+) -> Callable[[], object]:
     """A call of the backend's attention, q, k and v being views of one tensor as in the module."""
-    batch, heads = 8, 12
     qkv = empty(batch, tokens, 3 * heads * head_dim, dtype=torch.int8)
     q, k, v = qkv.view(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     bias = empty(1, heads, tokens, tokens, dtype=torch.int32) if biased else None
@@ -196,6 +199,34 @@ def row_configurations(arch: Architecture) -> Iterator[Configuration]:
         yield Configuration("quantize_patches", variant, arch, lambda a=arguments: backend.quantize_patches(*a))
 
 
+def edge_configurations() -> list[Configuration]:
+    """Sizes of one, of which Triton makes constants, and optional tensors left out: compiled in ways of their own."""
+    byte, whole = torch.int8, torch.int32
+    found = []
+    for arch in ARCHITECTURES:
+        for m, n, k, widths in ((1, 1, 1, (8,)), (1, 1000, 65, (2, 8)), (17, 7, 3072, (4,))):
+            a, w, real, vector = empty(m, k, dtype=byte), weight(widths, n, k), empty(n), empty(n, dtype=whole)
+            calls: dict[str, tuple[object, ...]] = {
+                "linear_codes": (a, w, real, vector, vector, 8),
+                "linear_gelu_levels": (a, w, real, vector, real, empty(1), empty(2, dtype=byte), "tanh"),
+                "linear_residual": (a, w, real, vector, empty(n)),
+                "linear_per_token": (a, empty(m), w, real, None, torch.float16),
+            }
+            for op, given in calls.items():
+                label = f"{m}x{n}x{k}, w{'/'.join(map(str, widths))}"
+                found.append(Configuration(op, label, arch, partial(getattr(backend, op), *given)))
+        for tokens, head_dim in ((1, 1), (2, 33), (300, 64)):
+            for biased, normalised in itertools.product((False, True), repeat=2):
+                label = f"S={tokens}, D={head_dim}{', bias' * biased}{', normalised' * normalised}"
+                call = attention_call(tokens, head_dim, biased, normalised, batch=1, heads=1)
+                found.append(Configuration("attention", label, arch, call))
+        one = empty(1, 1), empty(1), empty(1, dtype=whole)
+        found.append(Configuration("quantize", "1x1", arch, partial(backend.quantize, *one, 8)))
+        found.append(Configuration("layernorm", "1x1", arch, partial(backend.layernorm, *one[:2], one[1], 1e-6, 8)))
+        found.append(Configuration("quantize_per_token", "1x1", arch, partial(backend.quantize_per_token, one[0])))
+    return [c for c in found if c.architecture.cc in (80, 90)]
+
+
 def configurations() -> list[Configuration]:
     """All that is shipped, in a stable order."""
     return [
@@ -207,10 +238,13 @@ def configurations() -> list[Configuration]:
     ]
 
 
-def rows_of(index: int) -> list[Row]:
-    """Compiles the configuration of this number."""
-    c = configurations()[index]
+def rows_of(which: tuple[str, int]) -> list[Row]:
+    """Compiles a configuration, by the name of its list and its place there: they do not travel between processes."""
+    c = LISTS[which[0]]()[which[1]]
     return [row(c, launch, compile_launch(launch, c.architecture.cc)) for launch in c.launches()]
+
+
+LISTS = {"shipped": configurations, "edges": edge_configurations}
 
 
 def row(c: Configuration, launch: Launch, compiled: Compiled) -> Row:
@@ -246,10 +280,12 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="only every N-th configuration")
+    parser.add_argument("--edges", action="store_true", help="sizes of one and the like instead of what is shipped")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=PATH, help=f"CSV file; default: {PATH}")
     args = parser.parse_args()
-    chosen = range(0, len(configurations()), args.every)
+    name = "edges" if args.edges else "shipped"
+    chosen = [(name, index) for index in range(0, len(LISTS[name]()), args.every)]
     with ProcessPoolExecutor(args.workers) as pool:
         found = [row for rows in pool.map(rows_of, chosen) for row in rows]
     with args.out.open("w", newline="", encoding="utf-8") as file:

@@ -29,10 +29,10 @@ PROGRAM = """if True:
 Row = dict[str, str]
 
 
-def compiled(out: Path, every: int) -> list[Row]:
-    """The table of every n-th configuration, from a process that does not interpret."""
+def compiled(out: Path, *options: str) -> list[Row]:
+    """The table by ``benchmarks.triton_resources``, from a process that does not interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, str(CHECKOUT), "--every", str(every), "--workers", "1", "--out", str(out)]
+    command = [sys.executable, "-c", PROGRAM, str(CHECKOUT), "--workers", "1", "--out", str(out), *options]
     run = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return read(out)
@@ -73,15 +73,22 @@ def problems(rows: list[Row]) -> list[str]:
 
 @pytest.mark.slow
 def test_a_sample_of_all_configurations(tmp_path: Path) -> None:
-    rows = compiled(tmp_path / "sample.csv", SAMPLE)
+    rows = compiled(tmp_path / "sample.csv", "--every", str(SAMPLE))
     assert problems(rows) == []
     assert {row["cc"] for row in rows} == {"80", "89", "90", "100", "120"}
     assert {row["kernel"] for row in rows} >= {"_linear_kernel"}
 
 
+@pytest.mark.slow
+def test_sizes_of_one_and_absent_tensors_compile(tmp_path: Path) -> None:
+    rows = compiled(tmp_path / "edges.csv", "--edges")
+    assert problems(rows) == []
+    assert {row["kernel"] for row in rows} >= {"_linear_kernel", "_finish_kernel", "attention_kernel"}
+
+
 @pytest.mark.exhaustive
 def test_all_configurations(tmp_path: Path) -> None:
-    assert problems(compiled(tmp_path / "all.csv", 1)) == []
+    assert problems(compiled(tmp_path / "all.csv")) == []
 
 
 def test_the_committed_table_is_whole_and_right() -> None:

@@ -19,7 +19,7 @@ EPILOGUES = (
 @triton.jit
 def epilogue(
     sums,  # int32 [TOKENS, ROWS] of left-aligned weights
-    out,  # [M, N]: int8, or the real dtype that comes out
+    out,  # [M, N]: int8, or the real dtype that comes out; "partial": int32
     shifts,  # int32 [N], 8 - bits of each row
     multiplier,  # float32 [N]
     bias,  # int32 [N]; "per_token": float32 [N] or None
@@ -33,12 +33,28 @@ def epilogue(
     QMIN: tl.constexpr, QMAX: tl.constexpr,
 ):  # fmt: skip
     """Rescales the sums and stores them."""
-    row_mask = rows < N
-    mask = (tokens[:, None] < M) & row_mask[None, :]
-    offsets = tokens.to(tl.int64)[:, None] * N + rows[None, :]
+    mask = (tokens[:, None] < M) & (rows[None, :] < N)
     if EPILOGUE == "partial":
-        tl.store(out + offsets, sums, mask=mask)
-        return
+        y = sums
+    else:
+        y = rescaled(
+            sums, shifts, multiplier, bias, zero_point, inv_scale, thresholds, levels, token_scale,
+            tokens, rows, M, N, level_count, EPILOGUE, QMIN, QMAX,
+        )  # fmt: skip
+    if EPILOGUE == "residual":
+        before = (tokens % residual_rows).to(tl.int64)[:, None] * N + rows[None, :]
+        y += tl.load(residual + before, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + tokens.to(tl.int64)[:, None] * N + rows[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rescaled(
+    sums, shifts, multiplier, bias, zero_point, inv_scale, thresholds, levels, token_scale,
+    tokens, rows, M, N, level_count,
+    EPILOGUE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+):  # fmt: skip
+    """Codes int8 or levels int32 or real units float32 [TOKENS, ROWS]; the arguments are those of ``epilogue``."""
+    row_mask = rows < N
     # Exact: a left-aligned sum is a multiple of 2^shift.
     acc = sums >> tl.load(shifts + rows, mask=row_mask, other=0)[None, :]
     scale = tl.load(multiplier + rows, mask=row_mask, other=0.0)[None, :]
@@ -67,7 +83,4 @@ def epilogue(
             following = tl.load(levels + i + 1).to(tl.int32)
             y += tl.where(t >= tl.load(thresholds + i), following - level, 0)
             level = following
-    if EPILOGUE == "residual":
-        before = (tokens % residual_rows).to(tl.int64)[:, None] * N + rows[None, :]
-        y += tl.load(residual + before, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)
+    return y

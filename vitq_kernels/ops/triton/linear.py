@@ -18,7 +18,7 @@ from vitq_kernels.ops.triton.tuned import choose
 from vitq_kernels.spec import QuantFormat
 
 ALIGNMENT = 16  # bytes of a vector access: rows of ``a`` start at multiples of it
-FINISH_TOKENS, FINISH_ROWS = 16, 128  # 16 int32 a thread of the four warps
+FINISH_TOKENS, FINISH_ROWS = 8, 128  # 8 int32 a thread of the four warps, of each part at a time
 
 
 def linear_codes(
