@@ -30,8 +30,12 @@ POINTERS = {
     torch.bfloat16: "*bf16",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# A line of nvdisasm: address, perhaps a predicate, the opcode with its modifiers.
-OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+# A line of nvdisasm: a label, or address, perhaps a predicate, the opcode with its modifiers, and operands.
+LINE = re.compile(
+    r"^(?:(?P<label>\.L_x_\d+):|\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);)",
+    re.MULTILINE,
+)
+MMA = ("IMMA", "IGMMA", "UTCIMMA")  # of SASS, with an integer accumulator
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Compiled:
     cc: int
     ptx: str
     opcodes: tuple[str, ...]  # of the SASS, with modifiers, in order
+    loops: tuple[int, ...]  # instructions of each innermost loop that has an integer MMA in it, in order
     registers: int  # a thread
     shared_bytes: int  # a program
     threads: int  # a program
@@ -87,14 +92,36 @@ def compile_launch(launch: Launch, cc: int) -> Compiled:
         sass, usage = (_tool(tool, file.name) for tool in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage")))
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
+    opcodes, loops = read_sass(sass)
     return Compiled(
         cc,
         compiled.asm["ptx"],
-        tuple(OPCODE.findall(sass)),
+        tuple(opcodes),
+        tuple(loops),
         int(registers.group(1)),
         compiled.metadata.shared,
         32 * compiled.metadata.num_warps,
     )
+
+
+def read_sass(text: str) -> tuple[list[str], list[int]]:
+    """Opcodes in order, and the number of instructions of each innermost loop that multiplies matrices."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []  # first instruction and length
+    for line in LINE.finditer(text):
+        if line["label"]:
+            labels[line["label"]] = len(opcodes)
+            continue
+        opcodes.append(line["opcode"])
+        target = re.search(r"\.L_x_\d+", line["operands"]) if line["opcode"].startswith("BRA") else None
+        if target and target.group() in labels:
+            first = labels[target.group()]
+            # Code out of line jumps back too, into a loop or before it.
+            apart = all(first >= start + length for start, length in loops)
+            if apart and any(opcode.startswith(MMA) for opcode in opcodes[first:]):
+                loops.append((first, len(opcodes) - first))
+    return opcodes, [length for _, length in loops]
 
 
 def _tool(command: tuple[str, ...], path: str) -> str:

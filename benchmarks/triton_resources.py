@@ -80,6 +80,7 @@ class Row:
     mma: str  # integer instruction of the PTX: wgmma, tcgen05, mma.sync, or none
     approximate: str  # instructions of the PTX that are not IEEE's
     instructions: int
+    loops: str  # instructions of each loop around an integer MMA: one a width
     triton: str
 
 
@@ -115,6 +116,7 @@ def linear_call(op: str, widths: tuple[int, ...], dtype: torch.dtype = torch.flo
 
 def linear_configurations(arch: Architecture) -> Iterator[Configuration]:
     """Every tile with every width, and with every epilogue at one width that is unpacked and at 8 bits."""
+    device = Device(arch.cc, arch.sms)
 
     def one(op: str, widths: tuple[int, ...], tile: Tile, label: str, **options: object) -> Configuration:
         names = "/".join(map(str, widths))
@@ -130,7 +132,7 @@ def linear_configurations(arch: Architecture) -> Iterator[Configuration]:
 
     every = [((b,), "residual") for b in range(2, 9)] + [(MIXED, "residual"), (tuple(range(2, 9)), "residual")]
     for widths, epilogue in every:
-        for tile in candidates(Problem(TOKENS, ROWS, COLS, widths, epilogue), Device(arch.cc, arch.sms)):
+        for tile in candidates(Problem(TOKENS, ROWS, COLS, widths, epilogue), device):
             # More than two splits are the same kernels with other run-time bounds.
             if tile.splits == 1 or (tile.splits == 2 and widths in ((4,), (8,), MIXED)):
                 yield one("linear_residual", widths, tile, "residual float32", dtype=torch.float32)
@@ -149,7 +151,7 @@ def linear_configurations(arch: Architecture) -> Iterator[Configuration]:
         ]
         for op, label, options in variants:
             problem = Problem(TOKENS, ROWS, COLS, widths, label.split(" ")[0])
-            for tile in candidates(problem, Device(arch.cc, arch.sms)):
+            for tile in candidates(problem, device):
                 if tile.splits == 1:
                     yield one(op, widths, tile, label, **options)
 
@@ -272,6 +274,7 @@ def row(c: Configuration, launch: Launch, compiled: Compiled) -> Row:
         mma,
         " ".join(sorted(approximate)),
         len(compiled.opcodes),
+        " ".join(map(str, compiled.loops)),
         triton.__version__,
     )
 

@@ -17,6 +17,7 @@ from vitq_kernels.ops.triton.tiles import ARCHITECTURES
 
 CHECKOUT = Path(__file__).parents[1]
 TABLE = CHECKOUT / "benchmarks" / "results" / "triton_resources.csv"
+MIXED = (3, 4, 6)  # as benchmarks.triton_resources has it, which a process that interprets cannot import
 SAMPLE = 37  # every 37th configuration, about a minute: coprime to the lengths of the loops that list them
 EXACT = {"attention", "quantize", "quantize_patches", "quantize_per_token", "linear_codes", "linear_real"}
 PROGRAM = """if True:
@@ -100,6 +101,28 @@ def test_the_committed_table_is_whole_and_right() -> None:
         for tile in arch.tiles if arch.cc != 86 else ():
             mine = [row for row in linear if row["cc"] == str(arch.cc) and str(tile) in row["variant"]]
             assert {row["variant"].split(",")[0] for row in mine} >= {f"w{bits}" for bits in range(2, 9)}
+
+
+def mixed_loops(rows: list[Row]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """For each tile on each architecture: (instructions of a width's loop in a mixed layer, of that width alone)."""
+    loops: dict[tuple[str, str, str], list[int]] = {}
+    for row in rows:
+        if row["op"] == "linear_residual" and "residual float32" in row["variant"]:
+            widths, _, tile = row["variant"].split(", ", 2)
+            loops.setdefault((row["cc"], tile, widths), [int(n) for n in row["loops"].split()])
+    return {
+        (cc, tile): [(mixed, *loops[cc, tile, f"w{b}"]) for mixed, b in zip(found, MIXED, strict=True)]
+        for (cc, tile, widths), found in loops.items()
+        if widths == f"w{'/'.join(map(str, MIXED))}"
+    }
+
+
+def test_a_mixed_layer_runs_at_most_5_percent_more_instructions_than_each_width_alone() -> None:
+    # Of the loop; outside it there is one branch on the window's width.
+    compared = mixed_loops(read(TABLE))
+    assert {cc for cc, _ in compared} == {"80", "89", "90", "100", "120"}
+    worse = {key: pairs for key, pairs in compared.items() if any(mixed > 1.05 * alone for mixed, alone in pairs)}
+    assert worse == {}
 
 
 @pytest.mark.parametrize(
