@@ -68,15 +68,16 @@ def compile_launch(launch: Launch, cc: int) -> Compiled:
     """Compiles as the launch would be, with the specialisations that Triton makes of its arguments."""
     if INTERPRETED:
         raise RuntimeError("triton is interpreted in this process (TRITON_INTERPRET): it cannot compile")
-    names = launch.kernel.arg_names
-    options = {key: value for key, value in launch.meta.items() if key not in names}
-    arguments = dict(zip(names, launch.args, strict=False)) | {k: launch.meta[k] for k in names if k in launch.meta}
+    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
+    options = {key: value for key, value in launch.named.items() if key not in parameters}
+    given = dict(zip(parameters, launch.args, strict=False)) | launch.named
+    arguments = {name: given[name] for name in parameters}
     signature, constexprs, attrs = {}, {}, {}
     for index, (name, value) in enumerate(arguments.items()):
         signature[name] = "constexpr"
         if isinstance(value, torch.Tensor):
             signature[name], attrs[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif name in launch.meta or value is None or value == 1:
+        elif parameters[name].is_constexpr or value is None or value == 1:
             constexprs[name] = value
         elif isinstance(value, float):
             signature[name] = "fp32"

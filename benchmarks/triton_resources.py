@@ -28,7 +28,7 @@ from benchmarks.triton_compile import Compiled, compile_launch
 from vitq_kernels.ops import bit_planes
 from vitq_kernels.ops import triton as backend
 from vitq_kernels.ops.triton.launch import Device, Launch, recorded_launches
-from vitq_kernels.ops.triton.tiles import ARCHITECTURES, Architecture, Problem, Tile, candidates, shared_bytes
+from vitq_kernels.ops.triton.tiles import ARCHITECTURES, Architecture, Problem, Tile, candidates
 from vitq_kernels.ops.triton.tuned import forced
 
 PATH = Path(__file__).parent / "results" / "triton_resources.csv"
@@ -53,7 +53,6 @@ class Configuration:
     architecture: Architecture
     run: Callable[[], object]  # calls the op on tensors without data
     tile: Tile | None = None  # of a linear op
-    bytes_estimate: int = 0  # what the choice of tiles took its shared memory for
 
     def launches(self) -> list[Launch]:
         """What the op launches on this architecture."""
@@ -96,9 +95,11 @@ def weight(widths: tuple[int, ...], rows: int = ROWS, cols: int = COLS) -> list[
     return [empty(*(sizes.get(str(s), s) for s in shape), dtype=dtype) for _, dtype, shape in forms]
 
 
-def linear_call(op: str, widths: tuple[int, ...], dtype: torch.dtype = torch.float16, **given: object) -> None:
+def linear_call(
+    op: str, widths: tuple[int, ...], dtype: torch.dtype = torch.float16, cols: int = COLS, **given: object
+) -> None:
     """Calls a linear op of the backend."""
-    a, real, integer = empty(TOKENS, COLS, dtype=torch.int8), empty(ROWS), empty(ROWS, dtype=torch.int32)
+    a, real, integer = empty(TOKENS, cols, dtype=torch.int8), empty(ROWS), empty(ROWS, dtype=torch.int32)
     arguments = {
         "linear_codes": (real, integer, integer, 8),
         "linear_gelu_codes": (real, integer, real, integer, 8, given.get("approximate", "none")),
@@ -111,7 +112,7 @@ def linear_call(op: str, widths: tuple[int, ...], dtype: torch.dtype = torch.flo
         "linear_per_token": (real, real, dtype),
     }[op]
     scale = (empty(TOKENS),) if op == "linear_per_token" else ()
-    getattr(backend, op)(a, *scale, weight(widths), *arguments)
+    getattr(backend, op)(a, *scale, weight(widths, cols=cols), *arguments)
 
 
 def linear_configurations(arch: Architecture) -> Iterator[Configuration]:
@@ -120,22 +121,16 @@ def linear_configurations(arch: Architecture) -> Iterator[Configuration]:
 
     def one(op: str, widths: tuple[int, ...], tile: Tile, label: str, **options: object) -> Configuration:
         names = "/".join(map(str, widths))
-        problem = Problem(TOKENS, ROWS, COLS, widths, label.split(" ")[0])
-        return Configuration(
-            op,
-            f"w{names}, {label}, {tile}",
-            arch,
-            lambda: linear_call(op, widths, **options),
-            tile,
-            shared_bytes(tile, problem),
-        )
+        return Configuration(op, f"w{names}, {label}, {tile}", arch, partial(linear_call, op, widths, **options), tile)
 
-    every = [((b,), "residual") for b in range(2, 9)] + [(MIXED, "residual"), (tuple(range(2, 9)), "residual")]
-    for widths, epilogue in every:
-        for tile in candidates(Problem(TOKENS, ROWS, COLS, widths, epilogue), device):
+    for widths in (*((b,) for b in range(2, 9)), MIXED, tuple(range(2, 9))):
+        for tile in candidates(Problem(TOKENS, ROWS, COLS, widths, "residual"), device):
             # More than two splits are the same kernels with other run-time bounds.
-            if tile.splits == 1 or (tile.splits == 2 and widths in ((4,), (8,), MIXED)):
+            some = widths in ((4,), (8,), MIXED)
+            if tile.splits == 1 or (tile.splits == 2 and some):
                 yield one("linear_residual", widths, tile, "residual float32", dtype=torch.float32)
+            if tile.splits == 1 and some:  # steps of 64 columns
+                yield one("linear_residual", widths, tile, "residual float32 K=192", dtype=torch.float32, cols=192)
     for widths in ((4,), (8,)):
         variants: list[tuple[str, str, dict[str, object]]] = [("linear_codes", "codes", {})]
         for form in ("none", "tanh"):
@@ -183,7 +178,7 @@ def attention_call(
 def row_configurations(arch: Architecture) -> Iterator[Configuration]:
     """LayerNorm and quantize in every dtype at the widths of ViT-T to ViT-H."""
     for dtype in DTYPES:
-        for cols in (192, 384, 768, 1024, 1280, 3072):
+        for cols in (192, 384, 768, 1024, 1152, 1216, 1280, 2880, 3072, 11008):
             x, real, zero = empty(TOKENS, cols, dtype=dtype), empty(cols), empty(cols, dtype=torch.int32)
             calls: dict[str, tuple[object, ...]] = {
                 "layernorm": (x, real, real, 1e-6, 8),

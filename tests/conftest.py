@@ -27,7 +27,7 @@ SKIP_REASONS = {
 # Triton reads the variable when a kernel is defined. Without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")  # as in launch.py
 
 
 def _no_gpu() -> str | None:
@@ -86,6 +86,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Small tensors: a second thread costs more than it gives, 3 to 5 times where the cores are shared.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Not by addopts: a -m of the command line would replace that one.
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def skip_problem(reason: str, require_cuda: bool) -> str | None:

@@ -251,7 +251,8 @@ def test_triton_says_where_it_does_not_run(
     module = BACKENDS["triton"].load()
     monkeypatch.setattr(module, "INTERPRETED", interpreted)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(module, "gpu_reason", module.gpu_reason.__wrapped__)
     assert module.unavailable(device) == reason
     assert BACKENDS["triton"].why_not("attention", device) == reason
 

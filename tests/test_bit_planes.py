@@ -10,7 +10,7 @@ from tests.numerics import assert_bitwise_equal, fails, integers
 from tests.op_cases import weight_codes
 from vitq_kernels.ops import bit_planes
 from vitq_kernels.ops.bit_planes import PART_BITS, PLANES, PLANES_OF, WINDOW_ROWS, BitPlanes, block_k, prepare_weight
-from vitq_kernels.packing import pack_weight
+from vitq_kernels.packing import PackedWeight, pack_weight
 from vitq_kernels.spec import RowGroups
 
 
@@ -109,6 +109,13 @@ def test_the_planes_of_a_width_add_up_to_it() -> None:
 @pytest.mark.parametrize(("cols", "step"), [(1, 64), (64, 64), (65, 128), (128, 128), (147, 64), (192, 64), (768, 128)])
 def test_half_a_step_where_the_other_half_would_be_padding(cols: int, step: int) -> None:
     assert block_k(cols) == step
+
+
+def test_more_columns_than_sums_hold_are_refused() -> None:
+    cols = 1 << 17
+    packed = PackedWeight(torch.zeros(cols // 4, dtype=torch.uint8), torch.empty(0), RowGroups.uniform(1, 2), cols)
+    with pytest.raises(ValueError, match=r"must have at most 131071 columns and 2147483647 codes, got 1 x 131072$"):
+        prepare_weight(packed)
 
 
 # Faults that the round trip must reject.

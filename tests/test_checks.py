@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.conformance import Case, op_arguments
 from tests.op_cases import SAMPLES
+from vitq_kernels.ops import bit_planes, checks
 from vitq_kernels.packing import PackedWeight
 
 TENSOR_ARGUMENTS = [
@@ -95,7 +96,9 @@ def test_a_patch_that_the_image_does_not_hold_is_refused(name: str, size: int, s
         call_with("quantize_patches", **{name: patch})
 
 
-@pytest.mark.parametrize("change", [{"image": lambda t: t.expand(-1, 3, -1, -1)}, {"patch_width": 5}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"image": lambda t: t.expand(-1, 3, -1, -1)}, {"patch_width": 5}], ids=["channels", "patch-width"]
+)
 def test_patches_of_another_size_than_the_scales_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(
         ValueError, match=r"^vitq::quantize_patches: inv_scale must be float32 \[\d+\], got float32 \[24\]"
@@ -177,3 +180,56 @@ def test_messages_show_dtypes_and_shapes() -> None:
         ValueError, match=r"^vitq::linear_codes: weight must be int8 \[72, 147\], got int8 \[72, 146\]$"
     ):
         call_with("linear_codes", weight=lambda tensors: [tensors[0][:, 1:]])
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("quantize", "x"), ("quantize_per_token", "x"), ("layernorm", "x"), ("linear_codes", "a"), ("attention", "q")],
+)
+def test_no_channels_are_refused(op: str, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::{op}: {name} must be .*, got .*, 0\]$"):
+        call_with(op, **{name: lambda t: t[..., :0]})
+
+
+def test_a_residual_without_a_dimension_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^vitq::linear_residual: residual must be .* \[72\], got bfloat16 \[\]$"):
+        call_with("linear_residual", residual=lambda t: t.flatten()[0])
+
+
+def bit_planes_weight() -> list[Tensor]:
+    return bit_planes.prepare_weight(SAMPLES["linear_codes"].arguments["weight"])
+
+
+def test_planes_are_accepted_as_they_are_made() -> None:
+    checks.check_weight("op", SAMPLES["linear_codes"].arguments["a"], bit_planes_weight(), "bit_planes", 72)
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda t: t[:0], r"weight must be as prepare_weight makes it for 72 rows, got planes of \["),
+        (0, lambda t: t.new_empty(512, 0), "weight must be as prepare_weight makes it"),
+        (1, lambda t: torch.cat([t, t]), r"weight window_bits must be int32 \[1\]"),
+        (2, lambda t: t[1:], r"weight shifts must be int32 \[72\]"),
+        (3, lambda t: t[:3], r"weight places must be int32 \[4, 72\]"),
+        (3, lambda t: t.t().contiguous().t(), "weight places must be contiguous, got strides"),
+        (6, lambda t: t[:0], "weight must be as prepare_weight makes it"),
+        (6, lambda t: torch.cat([t, t]), "weight must be as prepare_weight makes it"),
+        (6, lambda t: t[:, 1:].contiguous(), r"weight plane 2 must be int32 \[rows, 12\]"),
+        (6, lambda t: t.float(), "weight plane 2 must be int32"),
+    ],
+    ids=["no-widths", "wide", "windows", "shifts", "places", "strides", "absent-plane", "rows", "columns", "dtype"],
+)
+def test_planes_that_were_not_made_so_are_refused(index: int, change: Callable[[Tensor], Tensor], message: str) -> None:
+    weight = bit_planes_weight()
+    weight[index] = change(weight[index])
+    with pytest.raises(ValueError, match=rf"^vitq::op: {message}"):
+        checks.check_weight("op", SAMPLES["linear_codes"].arguments["a"], weight, "bit_planes", 72)
+
+
+def test_an_unknown_layout_and_missing_tensors_are_refused() -> None:
+    a = SAMPLES["linear_codes"].arguments["a"]
+    with pytest.raises(ValueError, match=r"^vitq::op: layout must be int8_rows or bit_planes, got 'rows'$"):
+        checks.check_weight("op", a, bit_planes_weight(), "rows", 72)
+    with pytest.raises(ValueError, match=r"^vitq::op: weight must be 8 tensors in layout bit_planes, got 7 tensors$"):
+        checks.check_weight("op", a, bit_planes_weight()[:-1], "bit_planes", 72)

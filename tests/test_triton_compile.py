@@ -46,7 +46,7 @@ def read(path: Path) -> list[Row]:
 
 def expected_mma(row: Row) -> set[str]:
     """Kinds of integer MMA that a row may have."""
-    if row["op"] not in ("attention",) and row["kernel"] != "_linear_kernel":
+    if row["op"] not in ("attention",) and row["kernel"] != "linear_kernel":
         return {"none"}
     # Triton 3.6 has mma.sync on sm_100, 3.8 the tensor memory's own.
     return {90: {"wgmma"}, 100: {"tcgen05", "mma.sync"}}.get(int(row["cc"]), {"mma.sync"})
@@ -77,14 +77,24 @@ def test_a_sample_of_all_configurations(tmp_path: Path) -> None:
     rows = compiled(tmp_path / "sample.csv", "--every", str(SAMPLE))
     assert problems(rows) == []
     assert {row["cc"] for row in rows} == {"80", "89", "90", "100", "120"}
-    assert {row["kernel"] for row in rows} >= {"_linear_kernel"}
+    kernels = {
+        "linear_kernel",
+        "attention_kernel",
+        "_layernorm_kernel",
+        "_quantize_kernel",
+        "_quantize_per_token_kernel",
+    }
+    assert {row["kernel"] for row in rows} >= kernels
+    linear = [row for row in rows if row["kernel"] == "linear_kernel"]
+    assert {row["variant"].split(",")[0] for row in linear} >= {f"w{bits}" for bits in range(2, 9)}
+    assert {row["op"] for row in linear} == {row["op"] for row in read(TABLE) if row["kernel"] == "linear_kernel"}
 
 
 @pytest.mark.slow
 def test_sizes_of_one_and_absent_tensors_compile(tmp_path: Path) -> None:
     rows = compiled(tmp_path / "edges.csv", "--edges")
     assert problems(rows) == []
-    assert {row["kernel"] for row in rows} >= {"_linear_kernel", "_finish_kernel", "attention_kernel"}
+    assert {row["kernel"] for row in rows} >= {"linear_kernel", "finish_kernel", "attention_kernel"}
 
 
 @pytest.mark.exhaustive
@@ -96,7 +106,7 @@ def test_the_committed_table_is_whole_and_right() -> None:
     rows = read(TABLE)
     assert problems(rows) == []
     assert {row["cc"] for row in rows} == {"80", "89", "90", "100", "120"}
-    linear = [row for row in rows if row["kernel"] == "_linear_kernel"]
+    linear = [row for row in rows if row["kernel"] == "linear_kernel"]
     for arch in ARCHITECTURES:
         for tile in arch.tiles if arch.cc != 86 else ():
             mine = [row for row in linear if row["cc"] == str(arch.cc) and str(tile) in row["variant"]]
@@ -107,7 +117,7 @@ def mixed_loops(rows: list[Row]) -> dict[tuple[str, str], list[tuple[int, int]]]
     """For each tile on each architecture: (instructions of a width's loop in a mixed layer, of that width alone)."""
     loops: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
-        if row["op"] == "linear_residual" and "residual float32" in row["variant"]:
+        if ", residual float32, " in row["variant"]:
             widths, _, tile = row["variant"].split(", ", 2)
             loops.setdefault((row["cc"], tile, widths), [int(n) for n in row["loops"].split()])
     return {
@@ -138,7 +148,7 @@ def test_a_mixed_layer_runs_at_most_5_percent_more_instructions_than_each_width_
 def test_what_is_wrong_is_found(change: Row, message: str) -> None:
     good = {
         "op": "linear_codes",
-        "kernel": "_linear_kernel",
+        "kernel": "linear_kernel",
         "variant": "w8",
         "cc": "90",
         "spills": "0",

@@ -56,7 +56,7 @@ def real_case(case: Case) -> Case:
 def test_every_shipped_tile(tile: object, triton: BackendCase) -> None:
     from vitq_kernels.ops.triton.tuned import forced
 
-    # 3 steps of 128 columns, the last of 48; tails of tokens and rows; three windows of 3, 6 and 8 bits.
+    # 3 steps of 128 columns, the last of 48; tails of tokens and rows; three windows of 6, 4 and 8 bits.
     groups = RowGroups(300, (3, 6, 2, 4, 8), 64)
     case = linear_case(70, 304, groups)
     with forced(tile):

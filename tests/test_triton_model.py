@@ -18,7 +18,8 @@ from tests.test_triton_linear import triton as triton  # the fixture
 from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.images import eval_transform, load_folder
 from vitq_kernels.nn import PackedLinear, QuantAttention, QuantLayerNorm, QuantLinear, QuantPatchEmbed
-from vitq_kernels.ops import use_backend
+from vitq_kernels.ops import BackendUnavailableError, use_backend
+from vitq_kernels.ops.backends import BACKENDS
 
 BOUNDED = (QuantLayerNorm,)  # docs/semantics.md; and linears with GELU
 
@@ -78,3 +79,27 @@ def test_a_block_of_the_real_vit_tiny(assets: Path, triton: BackendCase) -> None
     assert any(site.weight and len(set(site.weight.bits)) > 1 for site in bits.sites.values())
     found = compared_modules(qmodel, calibration[:1], triton)
     assert found == {"QuantPatchEmbed": 1, "QuantLinear": 1 + 3 + 1, "QuantAttention": 1}
+
+
+def test_a_model_waits_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a process that does not interpret: weights are made on the CPU, where the backend does not run.
+    monkeypatch.setattr(BACKENDS["triton"].load(), "unavailable", lambda device: "is elsewhere")
+    torch.manual_seed(0)
+    x = torch.randn(3, 32)
+    with use_backend("triton"):
+        model = vitq.replace_linears(nn.Sequential(nn.Linear(32, 8)))
+        model.load_state_dict(model.state_dict())
+        with pytest.raises(BackendUnavailableError, match="backend triton is elsewhere"):
+            model(x)
+    assert model(x).shape == (3, 8)
+
+
+def test_a_head_dim_beyond_the_kernels_is_named(triton: BackendCase) -> None:
+    q = torch.zeros(1, 1, 2, 320, dtype=torch.int8, device=triton.device)
+    vectors = (torch.ones(1), torch.full((1, 4), 255, dtype=torch.uint8), torch.ones(1, 320))
+    arguments = (*vectors, torch.zeros(1, 320, dtype=torch.int32))
+    message = (
+        rf"^vitq::attention on {triton.device}: backend triton takes head dims up to 256, got 320; can: reference$"
+    )
+    with use_backend(triton.name), pytest.raises(BackendUnavailableError, match=message):
+        torch.ops.vitq.attention(q, q, q, *(t.to(triton.device) for t in arguments), None, None, 8)

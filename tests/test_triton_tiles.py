@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.command_line import invoke, make_files, run
 from tests.conftest import INTERPRETED
 from tests.test_triton_linear import linear_case
 from vitq_kernels.ops import tuning
-from vitq_kernels.ops.backends import BackendUnavailableError, use_backend
+from vitq_kernels.ops.backends import BACKENDS, BackendUnavailableError, use_backend
 from vitq_kernels.ops.triton import tuned
 from vitq_kernels.ops.triton.launch import Device
 from vitq_kernels.ops.triton.tiles import (
@@ -133,17 +134,51 @@ def test_new_tiles_join_those_of_other_gpus_and_layers() -> None:
     assert json.loads(tuned.path().read_text()) == expected
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"H100": [1]}', '{"H100": {"a": "tile"}}', '{"H100": {"a": 3}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"H100": [1]}', "1e999"])
 def test_a_file_that_is_no_table_is_named_and_ignored(content: str) -> None:
     write(content)
-    with pytest.warns(UserWarning, match=r"triton_tiles\.json is not a table of tiles and is ignored"):
+    with pytest.warns(UserWarning, match="the table of tiles cannot be read and is ignored"):
+        assert tuned.choose(FC2, H100) == rank(FC2, H100)[0][0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"H100": [1]}'])
+def test_a_file_that_is_no_table_is_not_overwritten(content: str) -> None:
+    write(content)
+    with pytest.raises(ValueError, match=r"triton_tiles\.json is no table of tiles, move it away"):
+        tuned.with_tiles("H100", {"a": Tile(64, 16, 4, 4)})
+
+
+@pytest.mark.parametrize(
+    "entry", ["tile", 3, [], [64, 64, 4], [64, 64, 4, 4, 1, 1], [1e999, 64, 4, 4, 1], "12345", None]
+)
+def test_an_entry_that_is_no_tile_is_named_and_costs_no_other(entry: Any) -> None:
+    good = rank(FC2, H100)[-1][0]
+    write(json.dumps({"H100": {"a": entry, tuned.key(FC2): list(astuple(good))}}))
+    with pytest.warns(UserWarning, match="for a is no tile and is ignored"):
+        assert tuned.choose(FC2, H100) == good
+
+
+def test_tiles_of_a_tune_that_ended_meanwhile_stay() -> None:
+    tuned.read()
+    tuned.path().parent.mkdir()
+    tuned.path().write_text('{"H100": {"a": [64, 16, 4, 4, 1]}}')
+    assert json.loads(tuned.with_tiles("H100", {"b": Tile(64, 32, 4, 4)}))["H100"].keys() == {"a", "b"}
+
+
+def test_without_a_home_directory_the_model_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.warns(UserWarning, match="is ignored: Could not determine home directory"):
         assert tuned.choose(FC2, H100) == rank(FC2, H100)[0][0]
 
 
 @pytest.mark.parametrize("tile", [[64, 16, 4, 4, 99], [1024, 16, 4, 4, 1]], ids=["splits", "rows"])
 def test_a_tile_that_is_not_legal_is_named_and_ignored(tile: list[int]) -> None:
     write(json.dumps({"H100": {tuned.key(FC2): tile}}))
-    with pytest.warns(UserWarning, match="is no legal tile any more"):
+    with pytest.warns(UserWarning, match="is no legal tile"):
         assert tuned.choose(FC2, H100) == rank(FC2, H100)[0][0]
 
 
@@ -191,16 +226,30 @@ def test_tune_refuses_a_tile_that_computes_something_else(
 
     real, calls = linear.launch, []
 
-    def launch(kernel: Any, grid: Any, like: Any, *arguments: Any, **meta: Any) -> None:
-        real(kernel, grid, like, *arguments, **meta)
+    def launch(kernel: Any, grid: Any, like: Any, /, **meta: Any) -> None:
+        real(kernel, grid, like, **meta)
         calls.append(meta)
         if len(calls) == 3:
-            arguments[1].view(torch.int8).flatten()[0] ^= 1
+            meta["out"].view(torch.int8).flatten()[0] ^= 1
 
     monkeypatch.setattr(linear, "launch", launch)
     with pytest.raises(RuntimeError, match=r"^5x40x256-w4-codes: .* gives other numbers than "):
         tuning.tune(layer, most=4, timer=lambda call: 1.0)
     assert not tuned.path().exists()
+
+
+@needs_interpreter
+def test_tune_passes_over_a_tile_that_does_not_run(layer: Callable[[], torch.Tensor]) -> None:
+    ranked = rank(interpreted_problem(), Device(80, 108, "interpreter"))
+
+    def timer(call: Callable[[], object]) -> float:
+        if tuned._forced.get() == ranked[0][0]:
+            raise RuntimeError("out of resources")
+        return 1.0
+
+    with pytest.warns(UserWarning, match="does not run: out of resources"):
+        (found,) = tuning.tune(layer, most=3, timer=timer)
+    assert found.tile == found.model_tile == str(ranked[1][0])
 
 
 def test_tune_without_a_linear_layer_says_so() -> None:
@@ -209,8 +258,8 @@ def test_tune_without_a_linear_layer_says_so() -> None:
 
 
 def test_tune_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match=r"^tiles are measured on a GPU: backend triton "):
+    monkeypatch.setattr(BACKENDS["triton"].load(), "unavailable", lambda device: "finds no GPU")
+    with pytest.raises(BackendUnavailableError, match=r"^tiles are measured on a GPU: backend triton finds no GPU$"):
         tuning.tune(lambda: None)
 
 

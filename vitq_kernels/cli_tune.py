@@ -33,14 +33,15 @@ def tune_tiles(
     sizes = _whole_numbers(batches)
     if not dry_run:
         require_gpu()
-    qmodel: Any = load(quantized, "cpu" if dry_run else "cuda")
+    # A residual stream of float16, as a deployed model has it.
+    qmodel: Any = load(quantized, "cpu") if dry_run else load(quantized, "cuda").half()
     patches = qmodel.patch_embed.proj
     image = (patches.linear.in_features // math.prod(patches.patch_size), *qmodel.patch_embed.img_size)
     device = next(qmodel.buffers()).device
 
     def run() -> None:
         for size in sizes:
-            qmodel(torch.randn(size, *image, device=device))
+            qmodel(torch.randn(size, *image, device=device, dtype=torch.float32 if dry_run else torch.float16))
 
     if dry_run:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -44,8 +45,13 @@ class PackedLinear(IntegerModule):
         return self.weight_packed.numel() + self.row_order.numel()
 
     def prepare(self) -> None:
-        """Makes the layout of the backend in force; done on every load and move, so that captured code finds it."""
-        if self.weight_packed.device.type != "meta":
+        """Makes the layout of the backend in force; done on every load and move, so that captured code finds it.
+
+        A backend that does not run where the weight lies now may run where it goes; if not, the first call says so.
+        """
+        if self.weight_packed.device.type == "meta":
+            return
+        with contextlib.suppress(ops.BackendUnavailableError):
             layout, tensors = ops.prepare_weight(self.packed)
             self._prepared[layout] = tensors
 

@@ -223,7 +223,7 @@ def linear_residual(
     """Integer linear added to a residual [..., N] (or one that broadcasts, such as a position embedding)."""
     op = "linear_residual"
     shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
-    check_tensor(op, "residual", residual, FLOAT_DTYPES, tuple(shape[len(shape) - residual.dim() :]))
+    check_tensor(op, "residual", residual, FLOAT_DTYPES, tuple(shape[-max(1, residual.dim()) :]))
     check_devices(op, a, residual=residual)
     return [(shape, residual.dtype)]
 

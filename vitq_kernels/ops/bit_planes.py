@@ -28,6 +28,9 @@ from vitq_kernels.spec import MAX_BITS, RowGroups
 WEIGHT_LAYOUT = "bit_planes"
 WINDOW_ROWS = 128  # rows of one decoder: as many as the largest tile has
 PLANES = (8, 4, 2, 1)
+MOST_COLS = (1 << 17) - 1  # a left-aligned sum of them fits int32: 2^17 * 128 * 128 = 2^31
+MOST_CODES = (1 << 31) - 1  # offsets inside a plane are int32
+MOST_WIDTHS = 1 << (MAX_BITS + 1)  # one above the largest set of widths as a bit mask
 # Planes of a window whose widest row has b bits.
 PLANES_OF = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 # Lowest bit, in the byte, of each part of a plane; as concat(p << 4, p), then << 2, then << 1 undo it.
@@ -63,6 +66,15 @@ class BitPlanes:
         """Widths of the windows, ascending."""
         return tuple(b for b in range(2, MAX_BITS + 1) if self.widths.shape[0] >> b & 1)
 
+    def is_plausible(self) -> bool:
+        """Whether the planes' sizes fit the widths, as far as shapes tell."""
+        widths, rows = self.present(), self.shifts.shape[0]
+        held = {bits for bits, plane in zip(PLANES, self.planes, strict=True) if plane.shape[0]}
+        fits = all(plane.shape[0] <= rows for plane in self.planes)
+        return (
+            fits and bool(widths) and self.widths.shape[0] < MOST_WIDTHS and held >= {PLANES_OF[b][0] for b in widths}
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
@@ -84,7 +96,17 @@ def forms(rows: int, cols: int) -> list[tuple[str, torch.dtype, tuple[object, ..
 
 
 def prepare_weight(weight: PackedWeight) -> list[Tensor]:
-    """The canonical packed weight in this layout; see BitPlanes for shapes and dtypes."""
+    """The canonical packed weight in this layout; see BitPlanes for shapes and dtypes.
+
+    Raises:
+        ValueError: the weight has more columns or codes than the kernels' int32 sums and offsets hold.
+    """
+    rows, cols = weight.groups.rows, weight.cols
+    if cols > MOST_COLS or rows * (cols + 127) > MOST_CODES:
+        raise ValueError(
+            f"a weight in layout {WEIGHT_LAYOUT} must have at most {MOST_COLS} columns and {MOST_CODES} codes, "
+            f"got {rows} x {cols}"
+        )
     codes, device = unpack_weight(weight), weight.data.device
     row_bits, windows, places = place_rows(weight.groups)
     padded = torch.nn.functional.pad(codes, (0, -weight.cols % block_k(weight.cols)))

@@ -26,13 +26,19 @@ def describe(tensor: Tensor) -> str:
 def check_tensor(
     op: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype] | torch.dtype, shape: Sequence[object]
 ) -> None:
-    """Checks dtype and shape; in ``shape`` an int is exact, a string names a free size, ``...`` any leading sizes."""
+    """Checks dtype and shape; in ``shape`` an int is exact, a string names a free size, ``...`` any leading sizes.
+
+    Channels, K and D, must not be none.
+    """
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     wanted = list(shape)
     sizes = list(tensor.shape)
     if wanted and wanted[0] is ...:
         wanted, sizes = wanted[1:], sizes[max(0, len(sizes) - len(wanted) + 1) :]
-    fits = len(wanted) == len(sizes) and all(isinstance(w, str) or w == s for w, s in zip(wanted, sizes, strict=True))
+    fits = len(wanted) == len(sizes) and all(
+        (s > 0 if w in ("K", "D") else True) if isinstance(w, str) else w == s
+        for w, s in zip(wanted, sizes, strict=True)
+    )
     if tensor.dtype not in allowed or not fits:
         names = "/".join(str(d).removeprefix("torch.") for d in allowed)
         shown = ", ".join("..." if w is ... else str(w) for w in shape)
@@ -91,6 +97,13 @@ def check_weight(op: str, a: Tensor, weight: Sequence[Tensor], layout: str, rows
             fail(op, "weight", f"{len(forms)} tensors in layout {layout}", f"{len(weight)} tensors")
         for (name, dtype, shape), tensor in zip(forms, weight, strict=True):
             check_tensor(op, f"weight {name}", tensor, dtype, shape)
+            if not tensor.is_contiguous():
+                fail(op, f"weight {name}", "contiguous", f"strides {tensor.stride()}")
+        # What the tensors hold is trusted: only a copy to the host could tell.
+        planes = bit_planes.BitPlanes.of(list(weight))
+        if not planes.is_plausible():
+            sizes = [plane.shape[0] for plane in planes.planes]
+            fail(op, "weight", f"as prepare_weight makes it for {rows} rows", f"planes of {sizes} rows")
     else:
         fail(op, "layout", f"int8_rows or {bit_planes.WEIGHT_LAYOUT}", repr(layout))
     for tensor in weight:

@@ -1,12 +1,14 @@
 """``vitq tune``: measures the tiles of a model's linear layers on this machine's GPU and keeps the fastest.
 
 Every backend that has a choice would be here; so far it is Triton's. A tile is measured on the layer's own arguments,
-and only after its output was bit for bit that of the tile which the cost model prefers.
+and only after its output was bit for bit that of the tile which the cost model prefers. Whether that one is right is
+for the tests and ``benchmarks.device_check`` to say.
 """
 
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +76,8 @@ def tune(
 
     Raises:
         BackendUnavailableError: the Triton backend does not run here.
-        RuntimeError: a tile gives other integers than another; nothing is written.
+        RuntimeError: a tile gives other numbers than another, or none runs; nothing is written.
+        ValueError: the file of tiles is none; it stays as it is.
     """
     if timer is None:
         require_gpu()
@@ -89,18 +92,26 @@ def tune(
     total = sum(map(len, plans.values()))
     for problem, (op, arguments) in calls.items():
         expected: Tensor | None = None
-        times = {}
+        times: dict[Any, float] = {}
         for tile in plans[problem]:
             with tuned.forced(tile), use_backend("triton"):
-                out = op(*arguments)
+                try:
+                    out = op(*arguments)
+                    took_us = (timer or _cuda_us)(partial(op, *arguments))
+                except Exception as error:  # such as too little shared memory: the other tiles are measured
+                    warnings.warn(f"{tuned.key(problem)}: {tile} does not run: {error}", stacklevel=2)
+                    continue
+                finally:
+                    done += 1
+                    progress(done, total)
                 expected = out if expected is None else expected
-                if not torch.equal(out, expected):
-                    raise RuntimeError(f"{tuned.key(problem)}: {tile} gives other numbers than {plans[problem][0]}")
-                times[tile] = (timer or _cuda_us)(partial(op, *arguments))
-            done += 1
-            progress(done, total)
+                if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)):
+                    raise RuntimeError(f"{tuned.key(problem)}: {tile} gives other numbers than {next(iter(times))}")
+                times[tile] = took_us
+        if not times:
+            raise RuntimeError(f"{tuned.key(problem)}: none of {len(plans[problem])} tiles runs")
         best = min(times, key=lambda tile: times[tile])
-        first = plans[problem][0]
+        first = next(iter(times))
         tiles[tuned.key(problem)] = best
         found.append(Tuned(tuned.key(problem), str(best), times[best], str(first), times[first]))
     path = tuned.path()
@@ -147,7 +158,7 @@ def _linear_calls(run: Callable[[], object]) -> dict[Any, tuple[Callable[..., Te
 
 
 def _cuda_us(call: Callable[[], object]) -> float:
-    """Median time of a call in a CUDA graph: what a deployed model pays, without Python's launch overhead."""
+    """Median time of a call in a CUDA graph, without Python's launch overhead; its tensors may stay in L2."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()

@@ -7,6 +7,8 @@ layout), ``tiles.py`` (which tile a shape gets, and why).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from vitq_kernels.ops.bit_planes import WEIGHT_LAYOUT as WEIGHT_LAYOUT
@@ -37,11 +39,15 @@ def unavailable(device: str) -> str | None:
         return None if INTERPRETED else "runs on a cpu only in Triton's interpreter, under TRITON_INTERPRET=1"
     if INTERPRETED:
         return "is interpreted in this process, on the cpu (TRITON_INTERPRET)"
+    return gpu_reason()
+
+
+@cache
+def gpu_reason() -> str | None:
+    """Why the kernels do not run on the first GPU of this machine, or None; a machine's GPUs are taken to be alike."""
     if not torch.cuda.is_available():
         return "finds no GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST:
-        return (
-            f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, this GPU has {capability[0]}.{capability[1]}"
-        )
+    major, minor = torch.cuda.get_device_capability(0)
+    if (major, minor) < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, this GPU has {major}.{minor}"
     return None

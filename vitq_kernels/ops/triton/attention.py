@@ -69,15 +69,16 @@ def _levels(acc, row_max, head, offset, valid, BELOW_2_22: tl.constexpr, OFFSET:
     The table is 2^b bytes, one or a few sectors of the L1 cache: one load serves a warp. Inline, because tl.load would
     first take the addresses of all scores through shared memory to a layout of its own.
     """
-    table, last, steps = head
+    table, last, kappa = head
     if BELOW_2_22:  # plus the bits of 1.5 * 2^23 it is that much more as a float: no conversion
         distance = ((row_max + ROUND_BITS)[:, None] - acc).to(tl.float32, bitcast=True) - ROUND_TO_INTEGER
     else:
-        distance = (row_max[:, None] - acc).to(tl.float32)
+        # Not below 0 whatever the bias holds: no address outside the table.
+        distance = tl.maximum(row_max[:, None] - acc, 0).to(tl.float32)
     if OFFSET:
-        shifted = distance * steps + offset[:, None] + ROUND_TO_INTEGER
+        shifted = distance * kappa + offset[:, None] + ROUND_TO_INTEGER
     else:
-        shifted = tl.fma(distance, steps, ROUND_TO_INTEGER)
+        shifted = tl.fma(distance, kappa, ROUND_TO_INTEGER)
     index = tl.minimum(shifted, last + ROUND_TO_INTEGER).to(tl.uint32, bitcast=True)
     if INTERPRETED:
         level = tl.load(table + index, mask=valid[None, :], other=0).to(tl.int32)
@@ -261,7 +262,8 @@ def attention(
     """``reference.attention``."""
     b, h, s, d = q.shape
     if d > LARGEST_D:
-        raise BackendUnavailableError(f"vitq::attention: backend triton takes head dims up to {LARGEST_D}, got {d}")
+        limit = f"takes head dims up to {LARGEST_D}, got {d}; can: reference"
+        raise BackendUnavailableError(f"vitq::attention on {q.device.type}: backend triton {limit}")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     vectors = (t.contiguous() for t in (kappa, levels, multiplier, zero_point))
     out = q.new_empty(b, s, h * d)
@@ -278,7 +280,7 @@ def attention(
 
 
 def configuration(s: int, d: int, bias: bool, cc: int) -> dict[str, int]:
-    """How channels, keys and rows are cut, and the warps: what compiles without spills from sm_80 to sm_120."""
+    """How channels, keys and rows are cut, and the warps: the lengths and head dims of the table do not spill."""
     # An int8 dot takes 32 channels at least, a float16 dot gives 16: 80 = 64 + 32 of q and k, 64 + 16 of v.
     main = max(32, 1 << (d.bit_length() - 1))
     result = {"K_MAIN": main, "K_TAIL": 0 if d <= main else max(32, triton.next_power_of_2(d - main))}

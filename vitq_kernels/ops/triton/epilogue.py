@@ -70,12 +70,12 @@ def rescaled(
         else:
             y = acc.to(tl.float32) * scale
     if EPILOGUE == "gelu_codes" or EPILOGUE == "tanh_codes":
-        steps = tl.load(inv_scale + rows, mask=row_mask, other=0.0)[None, :]
+        inverse = tl.load(inv_scale + rows, mask=row_mask, other=0.0)[None, :]
         zero = tl.load(zero_point + rows, mask=row_mask, other=0)[None, :]
-        y = requantise(gelu(y, EPILOGUE == "tanh_codes"), steps, zero, QMIN, QMAX)
+        y = requantise(gelu(y, EPILOGUE == "tanh_codes"), inverse, zero, QMIN, QMAX)
     elif EPILOGUE == "gelu_levels" or EPILOGUE == "tanh_levels":
-        steps = tl.load(inv_scale + rows, mask=row_mask, other=0.0)[None, :]
-        t = gelu(y, EPILOGUE == "tanh_levels") * steps
+        inverse = tl.load(inv_scale + rows, mask=row_mask, other=0.0)[None, :]
+        t = gelu(y, EPILOGUE == "tanh_levels") * inverse
         # A level is the first one and the steps up to it: sums in registers, where a gather would need an address each.
         level = tl.load(levels).to(tl.int32)
         y = tl.zeros(t.shape, tl.int32) + level

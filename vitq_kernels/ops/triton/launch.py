@@ -37,12 +37,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: what ``kernel[grid](*args, **meta)`` was or would be."""
+    """One kernel launch: what ``kernel[grid](*args, **named)`` was or would be."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
-    meta: dict[str, Any]  # constexprs and num_warps, num_stages
+    named: dict[str, Any]  # arguments by name, num_warps and num_stages
 
 
 @dataclass
@@ -84,7 +84,7 @@ def device_of(tensor: Tensor) -> Device:
     return _cuda_device(tensor.device.index) if tensor.is_cuda else Device(80, 108, "interpreter")
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, /, *args: Any, **named: Any) -> None:
     """Launches ``kernel`` where ``like`` lies; an empty grid is no launch.
 
     ``a*b + c`` is never contracted: where one rounding is meant the kernels write ``fma``, and where they do not, the
@@ -94,8 +94,8 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta:
         return
     recording = _recording.get()
     if recording is not None:
-        recording.launches.append(Launch(kernel, grid, args, meta))
+        recording.launches.append(Launch(kernel, grid, args, named))
         return
     elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
     with torch.cuda.device(like.device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](*args, enable_fp_fusion=False, **meta)
+        kernel[grid](*args, enable_fp_fusion=False, **named)

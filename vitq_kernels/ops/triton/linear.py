@@ -6,18 +6,21 @@ The kernel is in ``linear_kernel.py``, what happens to its sums in ``epilogue.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitq_kernels.ops.bit_planes import BitPlanes, block_k
 from vitq_kernels.ops.triton.launch import device_of, launch
-from vitq_kernels.ops.triton.linear_kernel import _finish_kernel, _linear_kernel
+from vitq_kernels.ops.triton.linear_kernel import finish_kernel, linear_kernel
 from vitq_kernels.ops.triton.tiles import Problem
 from vitq_kernels.ops.triton.tuned import choose
 from vitq_kernels.spec import QuantFormat
 
 ALIGNMENT = 16  # bytes of a vector access: rows of ``a`` start at multiples of it
+VECTORS = ("zero_point", "inv_scale", "thresholds", "levels", "residual", "token_scale")  # of the epilogues
 FINISH_TOKENS, FINISH_ROWS = 8, 128  # 8 int32 a thread of the four warps, of each part at a time
 
 
@@ -107,46 +110,56 @@ def _linear(
     tile = choose(Problem(m, n, a.shape[-1], w.present(), epilogue), device)
 
     given = {name: tensor.contiguous() for name, tensor in vectors.items()}
-    residual, levels = given.get("residual"), given.get("levels")
-    named = [given.get(name) for name in ("zero_point", "inv_scale", "thresholds")]
-    tail = [w.shifts, multiplier.contiguous(), None if bias is None else bias.contiguous(), *named, levels, residual]
-    tail.append(given.get("token_scale"))
-    residual_rows = 1 if residual is None else max(1, residual.numel() // n)
-    sizes = (residual_rows, 0 if levels is None else levels.numel())
-    fmt = QuantFormat(bits)
-    bounds = {"QMIN": fmt.qmin, "QMAX": fmt.qmax}
-
+    residual, levels, fmt = given.get("residual"), given.get("levels"), QuantFormat(bits)
+    arguments: dict[str, Any] = {
+        "shifts": w.shifts,
+        "multiplier": multiplier.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        **{name: given.get(name) for name in VECTORS},
+        "M": m,
+        "N": n,
+        "residual_rows": 1 if residual is None else max(1, residual.numel() // n),
+        "level_count": 0 if levels is None else levels.numel(),
+        "QMIN": fmt.qmin,
+        "QMAX": fmt.qmax,
+        "SPLITS": tile.splits,
+    }
     split = tile.splits > 1
     sums = a.new_empty((tile.splits, m, n), dtype=torch.int32) if split else out
     launch(
-        _linear_kernel,
+        linear_kernel,
         (-(-n // tile.rows) * -(-m // tile.tokens), tile.splits),
         a,
-        *(a2d, sums, w.window_bits, *tail[:1], w.places, *w.planes, *tail[1:], m, n, k, padded_k, *sizes),
+        **arguments,
+        a=a2d,
+        out=sums,
+        window_bits=w.window_bits,
+        places=w.places,
+        **dict(zip(("plane8", "plane4", "plane2", "plane1"), w.planes, strict=True)),
+        K=k,
+        PADDED_K=padded_k,
         WIDTHS=w.widths.shape[0],
         EPILOGUE="partial" if split else epilogue,
         TOKENS=tile.tokens,
         ROWS=tile.rows,
         BLOCK_K=step,
         EVEN_K=k == padded_k,
-        SPLITS=tile.splits,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **bounds,
     )
     if split:
         launch(
-            _finish_kernel,
-            (-(-n // FINISH_ROWS), -(-m // FINISH_TOKENS)),
+            finish_kernel,
+            (-(-m // FINISH_TOKENS), -(-n // FINISH_ROWS)),
             a,
-            *(sums, out, *tail, m, n, *sizes),
+            **arguments,
+            partial=sums,
+            out=out,
             EPILOGUE=epilogue,
             TOKENS=FINISH_TOKENS,
             ROWS=FINISH_ROWS,
-            SPLITS=tile.splits,
             num_warps=4,
             num_stages=1,
-            **bounds,
         )
     return out
 

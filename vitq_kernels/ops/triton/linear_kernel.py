@@ -5,9 +5,9 @@ Layouts     a int8 [M, K]; weight in ``bit_planes``; vectors over N; out [M, N].
 Work split  A program owns TOKENS x ROWS outputs: ROWS weight rows are the M operand of the MMA, unpacked in registers,
             and TOKENS tokens are its N operand. Programs of one block of tokens follow each other, so that the tokens
             are read once from memory and the weights, a few MB, stay in L2. SPLITS > 1 cuts K among programs, each of
-            which writes its int32 sums; ``_finish_kernel`` adds them and runs the epilogue: integers, so any cut gives
+            which writes its int32 sums; ``finish_kernel`` adds them and runs the epilogue: integers, so any cut gives
             the same bits.
-Requires    K a multiple of 16 (the launcher pads); ROWS <= 128, a window's; int32 sums as S2 has them.
+Requires    K a multiple of 16 (the launcher pads) below 2^17; ROWS <= 128, a window's.
 Exactness   acc and codes exact; the others as the reference says.
 Source      ``reference.accumulate`` and the linear ops; operands swapped as in ``wgmma`` with A from registers.
 """
@@ -118,7 +118,7 @@ def accumulate(
 
 
 @triton.jit
-def _linear_kernel(
+def linear_kernel(
     a,  # int8 [M, K]
     out,  # [M, N]; with SPLITS > 1 the partial sums, int32 [SPLITS, M, N]
     window_bits, shifts, places, plane8, plane4, plane2, plane1,  # bit_planes.BitPlanes
@@ -170,7 +170,7 @@ def _linear_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def finish_kernel(
     partial,  # int32 [SPLITS, M, N]
     out,  # [M, N]
     shifts, multiplier, bias, zero_point, inv_scale, thresholds, levels, residual, token_scale,
@@ -179,8 +179,8 @@ def _finish_kernel(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums of a split linear and runs its epilogue; a program owns TOKENS x ROWS outputs."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     mask = (tokens[:, None] < M) & (rows[None, :] < N)
     sums = tl.zeros((TOKENS, ROWS), tl.int32)
     for split in tl.static_range(SPLITS):

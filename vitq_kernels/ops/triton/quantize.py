@@ -23,7 +23,8 @@ from vitq_kernels.ops.triton.primitives import TOKEN_ABSMAX_FLOOR, requantise
 from vitq_kernels.spec import QuantFormat
 
 WARP_STEP = 256  # elements of a warp in one step: 8 a thread, which are 16 bytes of float16
-WARP_ROW = 1280  # longest row of one warp: 40 float32 a thread
+WARP_ROW = 1280  # longest row of one warp
+MOST_CHUNKS = 8  # steps of a row: 64 values a thread
 STATIC_TILE = 4096  # codes of a program with static scales: 32 a thread of 4 warps
 
 
@@ -41,9 +42,13 @@ def row_tile(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
 
     A step takes 256 elements a warp. Up to 1280 channels these are of one row, or of several where K has no power of
     two that large (4 rows of 192 channels, 2 of 384, 1 of 768): sums are shuffles. Longer rows are spread over warps.
+    A thread holds up to 64 values, more only beyond 32768 channels.
     """
     warps = 4 if channels <= 4 * WARP_ROW else 16
-    chunk = chunk_of(channels, WARP_STEP if channels <= WARP_ROW else WARP_STEP * warps)
+    most = WARP_STEP if channels <= WARP_ROW else WARP_STEP * warps
+    chunk = chunk_of(channels, most)
+    while chunk < most and triton.cdiv(channels, chunk) > MOST_CHUNKS:
+        chunk *= 2  # 2880 is 45 steps of 64, whose values would spill: 6 of 512, the last one masked
     count = WARP_STEP * warps // chunk
     sizes = {"K": channels, "CHUNK": chunk, "CHUNKS": triton.cdiv(channels, chunk), "ROWS": count}
     return (triton.cdiv(rows, count),), sizes | {"num_warps": warps, "num_stages": 1}

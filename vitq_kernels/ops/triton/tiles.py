@@ -7,19 +7,19 @@ epilogue and width (``benchmarks/results/triton_resources.csv``, by ``python -m 
 The model, in clocks of one SM, for tiles of R rows and T tokens and steps of k columns:
 
     mma    = 2 R T k / rate             integer MMA; ``rate`` is the peak times what Triton's loop reaches of it
-    load   = (R b/8 + T) k / l2         bytes from L2; ``l2`` bytes a clock and SM (published microbenchmarks)
+    load   = (R b/8 + T) k / l2         bytes from L2, ``l2`` a clock and SM
     unpack = R k u(b) / 128             u(b) instructions a weight (counted in SASS), 128 lanes a clock
     chain  = FILL + steps (max(mma, load) + unpack) + R T e / 128          one program from start to end
     time   = max(ceil(n/r) chain, n steps max(mma, load, unpack))          n programs an SM, r at a time
 
-plus a launch, and for split sums a second launch and their bytes. It is a model: nothing here was measured on a GPU.
+plus a launch, and for split sums a second launch and their bytes. It is a model: u(b) was counted, ``rate``, ``l2``,
+FILL, e and the launch are assumptions until a GPU has measured them (``triton_microbenchmarks`` of device_check).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 from vitq_kernels.ops.bit_planes import PLANES_OF, block_k
 from vitq_kernels.ops.triton.launch import Device
@@ -27,8 +27,9 @@ from vitq_kernels.ops.triton.launch import Device
 FILL_CLOCKS = 1200  # first bytes from memory, then the pipeline
 EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
 LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
-# Instructions a weight to unpack, by planes: counted in the SASS of the loop (docs/triton.md).
-UNPACK_INSTRUCTIONS = {8: 0.0, 4: 1.2, 2: 0.9, 1: 1.5}
+# Instructions a weight to unpack, by width: what the loop of 128 x 128 on sm_90 has over that of 8 bits, for 64 weights
+# a thread (column ``loops`` of triton_resources.csv).
+UNPACK_INSTRUCTIONS = {8: 0.0, 7: 2.2, 6: 1.3, 5: 1.2, 4: 1.1, 3: 1.1, 2: 0.8}
 # Where the compiler spills, and what is not offered there instead.
 MOST_DECODERS = 4  # widths of a layer, with 64 sums a thread before sm_90
 MOST_LEVELS = 128 * 128  # outputs of a program with an epilogue of levels
@@ -60,8 +61,8 @@ class Architecture:
     shared_bytes: int  # a program may use
     shared_per_sm: int
     int8_ops: int  # a clock and SM, dense peak
-    reached: float  # part of it that Triton's loop can reach
-    l2_bytes: float  # a clock and SM
+    reached: float  # part of it that Triton's loop is assumed to reach
+    l2_bytes: float  # a clock and SM; assumed
     ghz: float
     tiles: tuple[Tile, ...]
 
@@ -142,7 +143,7 @@ def estimate_us(tile: Tile, problem: Problem, device: Device) -> float:
     arch, k, bits = architecture(device), block_k(problem.cols), _stored_bits(problem)
     mma = 2 * tile.rows * tile.tokens * k / (arch.int8_ops * arch.reached)
     load = (tile.rows * bits / 8 + tile.tokens) * k / arch.l2_bytes
-    unpack = tile.rows * k * sum(UNPACK_INSTRUCTIONS[p] for p in PLANES_OF[problem.widths[-1]]) / 128
+    unpack = tile.rows * k * UNPACK_INSTRUCTIONS[problem.widths[-1]] / 128
     steps = -(-problem.steps // tile.splits)
     chain = FILL_CLOCKS + steps * (max(mma, load) + unpack) + tile.rows * tile.tokens * EPILOGUE_INSTRUCTIONS / 128
     programs = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens) * tile.splits
@@ -163,11 +164,10 @@ def resident(tile: Tile, problem: Problem, arch: Architecture) -> int:
     return max(1, min(by_shared, 65536 // (threads * registers), 1536 // threads))
 
 
-@cache
-def rank(problem: Problem, device: Device) -> tuple[tuple[Tile, float], ...]:
+def rank(problem: Problem, device: Device) -> list[tuple[Tile, float]]:
     """Legal tiles and their estimates in microseconds, best first; of equals the first in the table."""
     tiles = candidates(problem, device)
-    return tuple(sorted(((t, estimate_us(t, problem, device)) for t in tiles), key=lambda pair: pair[1]))
+    return sorted(((t, estimate_us(t, problem, device)) for t in tiles), key=lambda pair: pair[1])
 
 
 def ranking(problem: Problem, device: Device, most: int = 8) -> str:

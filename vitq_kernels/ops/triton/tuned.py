@@ -16,8 +16,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import astuple
-from functools import cache
+from dataclasses import astuple, fields
+from functools import cache, lru_cache
 from pathlib import Path
 
 from vitq_kernels.ops.triton.launch import Device
@@ -68,33 +68,51 @@ def choose(problem: Problem, device: Device) -> Tile:
     return _forced.get() or _chosen(problem, device)
 
 
-@cache
+@lru_cache(maxsize=4096)  # batches of many sizes
 def _chosen(problem: Problem, device: Device) -> Tile:
     measured = read().get(device.name, {}).get(key(problem))
     if measured is not None:
-        tile = Tile(*measured)
-        if tile in candidates(problem, device):
-            return tile
-        warnings.warn(f"{path()}: {tile} for {key(problem)} is no legal tile any more; run `vitq tune`", stacklevel=2)
+        if measured in candidates(problem, device):
+            return measured
+        warnings.warn(f"{path()}: {measured} for {key(problem)} is no legal tile; run `vitq tune`", stacklevel=2)
     return rank(problem, device)[0][0]
 
 
 @cache
-def read() -> dict[str, dict[str, list[int]]]:
-    """The file's content; empty, with a warning, if it is not what ``vitq tune`` writes."""
+def read() -> dict[str, dict[str, Tile]]:
+    """Tiles by GPU and key; what is not as ``vitq tune`` writes it is ignored, with a warning."""
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
-        return {gpu: {name: [int(v) for v in tile] for name, tile in tiles.items()} for gpu, tiles in content.items()}
+        if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
+            raise ValueError("expected an object of objects")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"{path()} is not a table of tiles and is ignored: {error}", stacklevel=2)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
+        warnings.warn(f"the table of tiles cannot be read and is ignored: {error}", stacklevel=2)
         return {}
+    found: dict[str, dict[str, Tile]] = {}
+    for gpu, table in content.items():
+        for name, entry in table.items():
+            if isinstance(entry, list) and len(entry) == len(fields(Tile)) and all(type(v) is int for v in entry):
+                found.setdefault(gpu, {})[name] = Tile(*entry)
+            else:
+                warnings.warn(f"{path()}: {entry!r} for {name} is no tile and is ignored", stacklevel=2)
+    return found
 
 
 def with_tiles(gpu: str, tiles: dict[str, Tile]) -> str:
-    """The file's new text: what it holds, and these tiles by their keys for this GPU."""
-    content = {name: dict(table) for name, table in read().items()}
+    """The file's new text: what it holds now, and these tiles by their keys for this GPU.
+
+    Raises:
+        ValueError: there is a file that is no table of tiles; it is not overwritten.
+    """
+    content: dict[str, dict[str, list[int]]] = {}
+    if path().exists():
+        try:
+            content = json.loads(path().read_text(encoding="utf-8"))
+            content.setdefault(gpu, {}).keys()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path()} is no table of tiles, move it away: {error}") from error
     content.setdefault(gpu, {}).update({name: list(astuple(tile)) for name, tile in tiles.items()})
     return json.dumps(content, indent=1) + "\n"
 
