@@ -60,15 +60,26 @@ BACKEND_CASES = (
 )
 
 
-@pytest.fixture(params=BACKEND_CASES, ids=lambda case: case.label)
-def backend(request: pytest.FixtureRequest) -> BackendCase:
-    """Each backend in turn; skips where it cannot run."""
+def _usable(request: pytest.FixtureRequest) -> BackendCase:
+    """The row that a test is for; skips where it cannot run."""
     case: BackendCase = request.param
     request.node.user_properties.append(("backend", case.label))
     reason = case.unavailable()
     if reason is not None:
         pytest.skip(reason)
     return case
+
+
+@pytest.fixture(params=BACKEND_CASES, ids=lambda case: case.label)
+def backend(request: pytest.FixtureRequest) -> BackendCase:
+    """Each backend in turn."""
+    return _usable(request)
+
+
+@pytest.fixture(params=[case for case in BACKEND_CASES if case.name == "triton"], ids=lambda case: case.label)
+def triton(request: pytest.FixtureRequest) -> BackendCase:
+    """The Triton backend, interpreted or on a GPU."""
+    return _usable(request)
 
 
 @pytest.fixture(scope="session")

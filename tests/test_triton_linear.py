@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conformance import Case, check_values
-from tests.conftest import BACKEND_CASES, BackendCase
+from tests.conftest import BackendCase
 from tests.numerics import codes as make_codes
 from tests.numerics import integers, uniform
 from tests.op_cases import weight_codes, zero_points
@@ -14,17 +14,6 @@ from tests.test_bit_planes import GROUPS, mixed
 from vitq_kernels.ops import reference
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.spec import RowGroups
-
-
-@pytest.fixture(params=[c for c in BACKEND_CASES if c.name == "triton"], ids=lambda case: case.label)
-def triton(request: pytest.FixtureRequest) -> BackendCase:
-    """The backend, interpreted or on a GPU."""
-    case: BackendCase = request.param
-    request.node.user_properties.append(("backend", case.label))
-    reason = case.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-    return case
 
 
 def tiles() -> list[object]:

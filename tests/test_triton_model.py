@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import vitq_kernels as vitq
 from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, assert_codes_close
-from tests.test_triton_linear import triton as triton  # the fixture
 from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.images import eval_transform, load_folder
 from vitq_kernels.nn import PackedLinear, QuantAttention, QuantLayerNorm, QuantLinear, QuantPatchEmbed
