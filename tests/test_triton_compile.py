@@ -123,7 +123,7 @@ def mixed_loops(rows: list[Row]) -> dict[tuple[str, str], list[tuple[int, int]]]
     return {
         (cc, tile): [(mixed, *loops[cc, tile, f"w{b}"]) for mixed, b in zip(found, MIXED, strict=True)]
         for (cc, tile, widths), found in loops.items()
-        if widths == f"w{'/'.join(map(str, MIXED))}"
+        if widths == f"w{'/'.join(map(str, MIXED))}" and "splits" not in tile
     }
 
 

@@ -262,16 +262,15 @@ def attention(
     """``reference.attention``."""
     b, h, s, d = q.shape
     if d > LARGEST_D:
-        limit = f"takes head dims up to {LARGEST_D}, got {d}; can: reference"
-        raise BackendUnavailableError(f"vitq::attention on {q.device.type}: backend triton {limit}")
+        why = f"takes head dims up to {LARGEST_D}, got {d}; can: reference"
+        raise BackendUnavailableError(f"vitq::attention on {q.device.type}: backend triton {why}")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     vectors = (t.contiguous() for t in (kappa, levels, multiplier, zero_point))
     out = q.new_empty(b, s, h * d)
     bias_strides = (0, 0, 0, 0) if bias_q is None else bias_q.expand(b, h, s, s).stride()
     optional = (out if bias_q is None else bias_q, out if inv_tau is None else inv_tau.contiguous())
-    tiles = configuration(s, d, bias_q is not None, device_of(q).cc)
-    fmt = QuantFormat(bits)
-    tiles |= {"HAS_BIAS": bias_q is not None, "NORMALISED": inv_tau is not None, "QMIN": fmt.qmin, "QMAX": fmt.qmax}
+    tiles = configuration(s, d, bias_q is not None, inv_tau is not None, device_of(q).cc)
+    tiles |= {"QMIN": QuantFormat(bits).qmin, "QMAX": QuantFormat(bits).qmax}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides)
     numbers = (s, h, levels.shape[1], ROUND_BITS.value, *strides)
     grid = (triton.cdiv(s, tiles["BLOCK_M"]) * h * b,)
@@ -279,11 +278,12 @@ def attention(
     return out
 
 
-def configuration(s: int, d: int, bias: bool, cc: int) -> dict[str, int]:
+def configuration(s: int, d: int, bias: bool, normalised: bool, cc: int) -> dict[str, int]:
     """How channels, keys and rows are cut, and the warps: the lengths and head dims of the table do not spill."""
     # An int8 dot takes 32 channels at least, a float16 dot gives 16: 80 = 64 + 32 of q and k, 64 + 16 of v.
     main = max(32, 1 << (d.bit_length() - 1))
-    result = {"K_MAIN": main, "K_TAIL": 0 if d <= main else max(32, triton.next_power_of_2(d - main))}
+    result = {"HAS_BIAS": bias, "NORMALISED": normalised, "K_MAIN": main}
+    result["K_TAIL"] = 0 if d <= main else max(32, triton.next_power_of_2(d - main))
     # v by 64 channels up to D = 128: 32 registers of sums at a time.
     main = max(16, min(64 if d <= 128 else 128, triton.next_power_of_2(d)))
     result |= {"V_MAIN": main, "V_TAIL": 0 if d <= main else max(16, triton.next_power_of_2(d - main))}
@@ -297,6 +297,6 @@ def configuration(s: int, d: int, bias: bool, cc: int) -> dict[str, int]:
     # channels two passes need what that saves in registers.
     full = triton.cdiv(s, 128) * 2 == triton.cdiv(s, 64)
     block_m = 128 if full or (d > (64 if bias else 80) and not one_pass) else 64
-    # 16 rows a warp, but 8 where ptxas would aim at 80 registers on sm_100 and spill three.
-    warps = block_m // (8 if bias and cc == 100 and s <= 64 else 16)
+    # 16 rows a warp; half as many of 64 where ptxas would aim at fewer registers on sm_100 and spill three.
+    warps = 8 if bias and cc == 100 and (normalised or s <= 64) else block_m // 16
     return result | {"BLOCK_M": block_m, "num_warps": warps, "num_stages": 1 if bias else 2}

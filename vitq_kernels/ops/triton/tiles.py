@@ -30,9 +30,7 @@ LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 # Instructions a weight to unpack, by width: what the loop of 128 x 128 on sm_90 has over that of 8 bits, for 64 weights
 # a thread (column ``loops`` of triton_resources.csv).
 UNPACK_INSTRUCTIONS = {8: 0.0, 7: 2.2, 6: 1.3, 5: 1.2, 4: 1.1, 3: 1.1, 2: 0.8}
-# Where the compiler spills, and what is not offered there instead.
-MOST_DECODERS = 4  # widths of a layer, with 64 sums a thread before sm_90
-MOST_LEVELS = 128 * 128  # outputs of a program with an epilogue of levels
+MOST_LEVELS = 128 * 128  # more spill: outputs of a program with an epilogue of levels
 SPLITS = (1, 2, 3, 4, 6, 8)
 
 
@@ -67,9 +65,12 @@ class Architecture:
     tiles: tuple[Tile, ...]
 
 
+# With 4 warps ptxas takes 168 registers, so as to hold three programs, and spills a few now and then; with 8 it takes
+# 128 and spills four where a layer has several widths.
+ONE_WIDTH = Tile(64, 128, 8, 3)
 _SMALL = (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 4))
-_AMPERE = (*_SMALL, Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3))
-_CONSUMER = (*_SMALL, Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2))
+_AMPERE = (*_SMALL, ONE_WIDTH, Tile(128, 128, 8, 3))
+_CONSUMER = (*_SMALL, ONE_WIDTH, Tile(128, 128, 8, 2))
 _HOPPER = (*_SMALL, Tile(64, 128, 4, 4), Tile(64, 256, 8, 3), Tile(128, 128, 8, 4), Tile(128, 256, 8, 3))
 # With 4 warps ptxas takes 72 registers for the 64 x 64 tile and spills three.
 _BLACKWELL = (*_SMALL[:2], Tile(64, 64, 8, 4), *_HOPPER[3:])
@@ -125,7 +126,7 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
     arch = architecture(device)
     legal = []
     for tile in arch.tiles:
-        if len(problem.widths) > MOST_DECODERS and arch.cc < 90 and tile.rows * tile.tokens >= 64 * 32 * tile.warps:
+        if tile == ONE_WIDTH and len(problem.widths) > 1:
             continue
         if problem.epilogue.endswith("levels") and tile.rows * tile.tokens > MOST_LEVELS:
             continue
