@@ -233,8 +233,17 @@ def test_tune_refuses_a_tile_that_computes_something_else(
             meta["out"].view(torch.int8).flatten()[0] ^= 1
 
     monkeypatch.setattr(linear, "launch", launch)
-    with pytest.raises(RuntimeError, match=r"^5x40x256-w4-codes: .* gives other numbers than "):
-        tuning.tune(layer, most=4, timer=lambda call: 1.0)
+    timed: list[str] = []
+
+    def timer(call: Callable[[], object]) -> float:
+        timed.append(str(tuned._forced.get()))
+        return 1.0
+
+    with pytest.raises(tuning.WrongNumbersError, match=r"^5x40x256-w4-codes: .* gives other numbers than ") as caught:
+        tuning.tune(layer, most=4, timer=timer)
+    wrong = str(caught.value).split(": ")[1].split(" gives")[0]
+    assert timed
+    assert wrong not in timed
     assert not tuned.path().exists()
 
 

@@ -42,6 +42,10 @@ class Tuned:
         return self.model_us / self.us
 
 
+class WrongNumbersError(RuntimeError):
+    """Two tiles of one kernel disagree: a fault of the kernel, its compiler or the GPU."""
+
+
 def explain(run: Callable[[], object], gpu: str, most: int = 5) -> list[str]:
     """What the cost model thinks of a model's linear layers on a GPU that need not be there.
 
@@ -76,7 +80,8 @@ def tune(
 
     Raises:
         BackendUnavailableError: the Triton backend does not run here.
-        RuntimeError: a tile gives other numbers than another, or none runs; nothing is written.
+        WrongNumbersError: a tile gives other numbers than another; nothing is written.
+        RuntimeError: no tile of a layer runs; nothing is written.
         ValueError: the file of tiles is none; it stays as it is.
     """
     if timer is None:
@@ -97,17 +102,17 @@ def tune(
             with tuned.forced(tile), use_backend("triton"):
                 try:
                     out = op(*arguments)
-                    took_us = (timer or _cuda_us)(partial(op, *arguments))
+                    expected = out if expected is None else expected
+                    if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)):
+                        first = plans[problem][0]
+                        raise WrongNumbersError(f"{tuned.key(problem)}: {tile} gives other numbers than {first}")
+                    times[tile] = (timer or _cuda_us)(partial(op, *arguments))
+                except WrongNumbersError:
+                    raise
                 except Exception as error:  # such as too little shared memory: the other tiles are measured
                     warnings.warn(f"{tuned.key(problem)}: {tile} does not run: {error}", stacklevel=2)
-                    continue
-                finally:
-                    done += 1
-                    progress(done, total)
-                expected = out if expected is None else expected
-                if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)):
-                    raise RuntimeError(f"{tuned.key(problem)}: {tile} gives other numbers than {next(iter(times))}")
-                times[tile] = took_us
+            done += 1
+            progress(done, total)
         if not times:
             raise RuntimeError(f"{tuned.key(problem)}: none of {len(plans[problem])} tiles runs")
         best = min(times, key=lambda tile: times[tile])

@@ -41,7 +41,7 @@ def to_bytes(words):
     return tl.join(even, odd).reshape(words.shape[0], 4 * words.shape[1])
 
 
-# Words, not bytes, are shifted and masked: 1.2 instead of 2.3 instructions a 4-bit weight (sm_90, triton 3.8). What a
+# Words, not bytes, are shifted and masked: 1.1 instead of 2.3 instructions a 4-bit weight (sm_90, triton 3.8). What a
 # shift carries into the next byte the mask of the caller removes.
 @triton.jit
 def nibbles(p):
