@@ -26,9 +26,9 @@ def tune_tiles(
     ] = None,
     json_file: options.Json = None,
 ) -> None:
-    """Measures the tiles of a model's linear layers on this GPU, and keeps the fastest.
+    """Measures the linear kernels' tiles on this GPU.
 
-    Not needed: without it a cost model chooses. The result is a file that later runs read.
+    The fastest for each layer of the model go into a file that later runs read. Without it a cost model chooses.
     """
     sizes = _whole_numbers(batches)
     if not dry_run:
