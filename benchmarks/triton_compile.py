@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +53,6 @@ class Compiled:
     def spills(self) -> int:
         """Instructions that move registers to local memory and back."""
         return sum(op.split(".")[0] in ("LDL", "STL") for op in self.opcodes)
-
-    def count(self, prefix: str) -> int:
-        """Instructions whose opcode starts so."""
-        return sum(op.startswith(prefix) for op in self.opcodes)
-
-    def histogram(self) -> Counter[str]:
-        """Instructions by opcode without modifiers."""
-        return Counter(op.split(".")[0] for op in self.opcodes)
 
 
 def compile_launch(launch: Launch, cc: int) -> Compiled:

@@ -112,6 +112,16 @@ def test_a_wrong_rounding_is_rejected(fault: Callable[..., Tensor], plant: Plant
     assert rejected("linear_codes")
 
 
+@pytest.mark.parametrize("op", ["quantize", "quantize_patches", "quantize_per_token"])
+def test_a_product_rounded_by_itself_is_rejected(op: str, plant: Plant) -> None:
+    def requantise(value: Tensor, multiplier: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        fmt = QuantFormat(bits)
+        return float32_product(value, multiplier, zero_point).clamp(fmt.qmin, fmt.qmax).to(torch.int8)
+
+    plant(requantise=requantise)
+    assert rejected(op)
+
+
 def test_wrapping_instead_of_saturating_is_rejected(plant: Plant) -> None:
     def requantise(value: Tensor, multiplier: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         half = 1 << (bits - 1)

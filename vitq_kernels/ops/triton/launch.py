@@ -57,10 +57,10 @@ _recording: ContextVar[_Recording | None] = ContextVar("vitq_triton_recording", 
 @contextlib.contextmanager
 def recorded_launches(device: Device) -> Iterator[list[Launch]]:
     """Inside the ``with`` block nothing is launched: the launches for ``device`` are collected in the list."""
-    recording = _Recording(device, [])
-    token = _recording.set(recording)
+    launches: list[Launch] = []
+    token = _recording.set(_Recording(device, launches))
     try:
-        yield recording.launches
+        yield launches
     finally:
         _recording.reset(token)
 
@@ -78,9 +78,9 @@ def _cuda_device(index: int) -> Device:
 
 def device_of(tensor: Tensor) -> Device:
     """The device that ``tensor`` lies on. The interpreter stands for an A100: its tiles are those of the oldest GPU."""
-    recording = _recording.get()
-    if recording is not None:
-        return recording.device
+    recorder = _recording.get()
+    if recorder is not None:
+        return recorder.device
     return _cuda_device(tensor.device.index) if tensor.is_cuda else Device(80, 108, "interpreter")
 
 
@@ -92,9 +92,9 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, /, *args: Any, **na
     """
     if 0 in grid:
         return
-    recording = _recording.get()
-    if recording is not None:
-        recording.launches.append(Launch(kernel, grid, args, named))
+    recorder = _recording.get()
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, args, named))
         return
     elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
     with torch.cuda.device(like.device) if elsewhere else contextlib.nullcontext():

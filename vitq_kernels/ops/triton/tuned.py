@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import astuple, fields
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from vitq_kernels.ops.triton.launch import Device
 from vitq_kernels.ops.triton.tiles import Problem, Tile, candidates, rank
@@ -82,9 +83,7 @@ def _chosen(problem: Problem, device: Device) -> Tile:
 def read() -> dict[str, dict[str, Tile]]:
     """Tiles by GPU and key; what is not as ``vitq tune`` writes it is ignored, with a warning."""
     try:
-        content = json.loads(path().read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
-            raise ValueError("expected an object of objects")
+        content = _content()
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
@@ -100,19 +99,25 @@ def read() -> dict[str, dict[str, Tile]]:
     return found
 
 
+def _content() -> dict[str, dict[str, Any]]:
+    content = json.loads(path().read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
+        raise ValueError("expected an object of objects")
+    return content
+
+
 def with_tiles(gpu: str, tiles: dict[str, Tile]) -> str:
     """The file's new text: what it holds now, and these tiles by their keys for this GPU.
 
     Raises:
         ValueError: there is a file that is no table of tiles; it is not overwritten.
     """
-    content: dict[str, dict[str, list[int]]] = {}
-    if path().exists():
-        try:
-            content = json.loads(path().read_text(encoding="utf-8"))
-            content.setdefault(gpu, {}).keys()
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path()} is no table of tiles, move it away: {error}") from error
+    try:
+        content = _content()
+    except FileNotFoundError:
+        content = {}
+    except ValueError as error:
+        raise ValueError(f"{path()} is no table of tiles, move it away: {error}") from error
     content.setdefault(gpu, {}).update({name: list(astuple(tile)) for name, tile in tiles.items()})
     return json.dumps(content, indent=1) + "\n"
 
