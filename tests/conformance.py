@@ -72,14 +72,14 @@ def check_values(
         elif wanted.dtype == torch.int8:
             assert_codes_close(got.cpu(), wanted)
         else:
-            assert_reals_close(got.cpu(), _exact_reals(case), wanted)
+            assert_reals_close(got.cpu(), exact_reals(case), wanted)
 
 
 def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _exact_reals(case: Case) -> Tensor:
+def exact_reals(case: Case) -> Tensor:
     """The real output of a bounded op in float64."""
     x = case.arguments
     if case.op == "add_layernorm":

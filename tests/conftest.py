@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -15,6 +16,8 @@ import torch
 # tests/ and benchmarks/ are only in the checkout. At the end: `pytest` tests the installed vitq_kernels.
 sys.path.append(str(Path(__file__).parents[1]))
 
+from tests import emulated_cuda
+
 # Every reason to skip, and whether --require-cuda forbids it. A test that skips for another reason fails.
 SKIP_REASONS = {
     "no GPU": True,
@@ -27,11 +30,17 @@ SKIP_REASONS = {
 # Triton reads the variable when a kernel is defined. Without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# The emulation of the CUDA kernels, built on first use (tests/emulated_cuda.py); a path here is one already built.
+EMULATED = "VITQ_CUDA_EMULATION"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")  # as in launch.py
 
 
 def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no GPU"
+
+
+def _not_built() -> str | None:
+    return _no_gpu() or (None if importlib.util.find_spec("vitq_kernels._cuda") else "cuda not built")
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class BackendCase:
 BACKEND_CASES = (
     BackendCase("reference", "reference", "cpu", lambda: None, reference_floats=True),
     BackendCase("cpu", "cpu", "cpu", lambda: None, reference_floats=True),
+    BackendCase("cuda-emulated", "cuda", "cpu", lambda: None, reference_floats=False),
+    BackendCase("cuda", "cuda", "cuda", _not_built, reference_floats=False),
     BackendCase(
         "triton-interpreter",
         "triton",
@@ -67,6 +78,13 @@ def _usable(request: pytest.FixtureRequest) -> BackendCase:
     reason = case.unavailable()
     if reason is not None:
         pytest.skip(reason)
+    return _built(case)
+
+
+def _built(case: BackendCase) -> BackendCase:
+    """The row, its emulation built if it is that."""
+    if case.label == "cuda-emulated" and EMULATED not in os.environ:
+        os.environ[EMULATED] = str(emulated_cuda.build())
     return case
 
 
@@ -80,6 +98,24 @@ def backend(request: pytest.FixtureRequest) -> BackendCase:
 def triton(request: pytest.FixtureRequest) -> BackendCase:
     """The Triton backend, interpreted or on a GPU."""
     return _usable(request)
+
+
+@pytest.fixture(params=[case for case in BACKEND_CASES if case.name in ("triton", "cuda")], ids=lambda case: case.label)
+def kernels(request: pytest.FixtureRequest) -> BackendCase:
+    """The backends of our own kernels, each without a GPU and on one."""
+    return _usable(request)
+
+
+@pytest.fixture(params=[case for case in BACKEND_CASES if case.name == "cuda"], ids=lambda case: case.label)
+def cuda(request: pytest.FixtureRequest) -> BackendCase:
+    """The CUDA backend, emulated or on a GPU."""
+    return _usable(request)
+
+
+@pytest.fixture
+def emulated() -> BackendCase:
+    """The CUDA backend, emulated; its module is ``vitq_kernels.ops.cuda.launch.module()``."""
+    return _built(next(case for case in BACKEND_CASES if case.label == "cuda-emulated"))
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,7 @@ def test_the_weight_layout_is_the_chosen_backends(monkeypatch: pytest.MonkeyPatc
         ("cpu",),
         linear_codes=None,
         WEIGHT_LAYOUT="rowless_4",
-        prepare_weight=lambda weight: made,
+        prepare_weight=lambda weight, input_bits: made,
     )
     with use_backend("rowless"):
         assert ops.weight_layout("cpu") == "rowless_4"

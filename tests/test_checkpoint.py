@@ -55,6 +55,11 @@ def good(tmp_path: Path) -> Path:
     return path
 
 
+def input_bits(model: nn.Module) -> dict[str, int]:
+    """What each linear layer takes its codes to have, which chooses kernels."""
+    return {name: module.input_bits for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
 def same_model(loaded: nn.Module, model: nn.Module, images: Tensor) -> None:
     """Same tensors, record and logits."""
     expected, found = model.state_dict(), loaded.state_dict()
@@ -62,6 +67,7 @@ def same_model(loaded: nn.Module, model: nn.Module, images: Tensor) -> None:
     for name, tensor in expected.items():
         assert_bitwise_equal(found[name], tensor)
     assert loaded.quantization == model.quantization
+    assert input_bits(loaded) == input_bits(model)
     with torch.no_grad():
         logits = model(images)
         assert_bitwise_equal(loaded(images), logits)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.conformance import Case, op_arguments
 from tests.op_cases import SAMPLES
-from vitq_kernels.ops import bit_planes, checks
+from vitq_kernels.ops import bit_planes, checks, mma_fragments
 from vitq_kernels.packing import PackedWeight
 
 TENSOR_ARGUMENTS = [
@@ -227,9 +227,47 @@ def test_planes_that_were_not_made_so_are_refused(index: int, change: Callable[[
         checks.check_weight("op", SAMPLES["linear_codes"].arguments["a"], weight, "bit_planes", 72)
 
 
+def fragments_weight() -> list[Tensor]:
+    return mma_fragments.prepare_weight(SAMPLES["linear_codes"].arguments["weight"])
+
+
+def test_fragments_are_accepted_as_they_are_made() -> None:
+    checks.check_weight("op", SAMPLES["linear_codes"].arguments["a"], fragments_weight(), "mma_fragments", 72)
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda t: t[:0], "weight must be as prepare_weight makes it for 72 rows, got "),
+        (0, lambda t: t.new_empty(512, 8, 0), "weight must be as prepare_weight makes it"),
+        (0, lambda t: t.new_empty(t.shape[0], 9, 0), "weight must be as prepare_weight makes it"),
+        (0, lambda t: t.new_empty(t.shape[0] | 1 << 8, 8, 0), "weight must be as prepare_weight makes it"),
+        (1, lambda t: t[1:], r"weight groups must be int32 \[2, 2\]"),
+        (1, lambda t: t.long(), r"weight groups must be int32 \[2, 2\]"),
+        (2, lambda t: t[1:], "weight must be as prepare_weight makes it"),
+        (3, lambda t: t[1:], "weight must be as prepare_weight makes it"),
+        (3, lambda t: torch.cat([t, t]), "weight must be as prepare_weight makes it"),
+        (3, lambda t: t[:, 1:].contiguous(), r"weight chunks must be uint8 \[chunks, 512\]"),
+        (3, lambda t: t[:, ::2].repeat(1, 2).t().contiguous().t(), "weight chunks must be contiguous, got strides"),
+    ],
+    ids=[
+        *("no-widths", "wide", "input", "another-width", "groups", "dtype", "order", "few", "many", "bytes", "strides"),
+    ],
+)
+def test_fragments_that_were_not_made_so_are_refused(
+    index: int, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    weight = fragments_weight()
+    weight[index] = change(weight[index])
+    with pytest.raises(ValueError, match=rf"^vitq::op: {message}"):
+        checks.check_weight("op", SAMPLES["linear_codes"].arguments["a"], weight, "mma_fragments", 72)
+
+
 def test_an_unknown_layout_and_missing_tensors_are_refused() -> None:
     a = SAMPLES["linear_codes"].arguments["a"]
-    with pytest.raises(ValueError, match=r"^vitq::op: layout must be int8_rows or bit_planes, got 'rows'$"):
+    with pytest.raises(
+        ValueError, match=r"^vitq::op: layout must be int8_rows, bit_planes or mma_fragments, got 'rows'$"
+    ):
         checks.check_weight("op", a, bit_planes_weight(), "rows", 72)
     with pytest.raises(ValueError, match=r"^vitq::op: weight must be 8 tensors in layout bit_planes, got 7 tensors$"):
         checks.check_weight("op", a, bit_planes_weight()[:-1], "bit_planes", 72)

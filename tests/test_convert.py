@@ -225,6 +225,7 @@ def test_boundary_layers_and_activations_have_their_widths() -> None:
     assert block.mlp.fc1.levels.shape == (32,)  # of 8 bits, but only 2^5 of them
     codes = block.mlp.fc1(block.norm2(torch.randn(2, 17, 32)))
     assert set(codes.unique().tolist()) <= set(block.mlp.fc1.levels.tolist())
+    assert block.mlp.fc2.input_bits == 8  # levels, not codes of 5 bits
     assert block.attn.levels.shape == (2, 32)
 
 
@@ -236,6 +237,8 @@ def test_every_site_may_have_its_own_activation_width() -> None:
     block = quantize(model, images, BitAllocation(changed)).blocks[0]
     assert (block.norm1.bits, block.attn.qkv.out_bits, block.attn.levels.shape[1]) == (7, 6, 8)
     assert (block.attn.out_bits, block.norm2.bits, block.mlp.fc1.out_bits) == (5, 4, 8)
+    linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    assert [linear.input_bits for linear in linears] == [7, 5, 4, 8]
 
 
 # --- every stage of an integer model against its formula in reals -------------------------------------------------

@@ -149,6 +149,7 @@ def by_hand(bias: list[float], cols: int = 4) -> FoldedLinear:
         torch.ones(rows, dtype=torch.float64),
         torch.tensor(bias, dtype=torch.float64),
         torch.zeros(rows, dtype=torch.int64),
+        8,
     )
 
 

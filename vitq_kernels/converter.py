@@ -143,7 +143,14 @@ class Converter:
     @staticmethod
     def real_linear(folded: FoldedLinear, quantize_input: QuantizeInput | None) -> QuantLinear:
         """A linear to float, from float or, without a quantizer, from codes."""
-        return QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "real", quantize_input=quantize_input)
+        return QuantLinear(
+            folded.weight,
+            folded.multiplier(),
+            folded.bias_q(),
+            "real",
+            input_bits=folded.input_bits,
+            quantize_input=quantize_input,
+        )
 
     def head(self, name: str, module: nn.Linear, features: Stream) -> QuantLinear:
         """A classifier on float features [B, C]."""
@@ -202,6 +209,7 @@ class Converter:
             "codes",
             zero_point=torch.zeros_like(folded.zero_sum, dtype=torch.int32),
             out_bits=code_bits,
+            input_bits=folded.input_bits,
         )
         tau_index = stats.tau_error[av][av_bits - MIN_BITS].argmin(0)
         tau = [log2_steps(av_bits)[i] for i in tau_index.tolist()]
@@ -223,7 +231,7 @@ class Converter:
         targets = [w.middle - x for w, x in zip(wanted, stream, strict=bool(wanted))]
         scale = block.layer_scale1
         proj = self.fold(proj_site, block.proj, out, codes, targets=targets, layer_scale=scale, shift=middle)
-        attn.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual")
+        attn.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual", input_bits=proj.input_bits)
         stream[:] = map(attn.proj, codes, stream)
         return attn
 
@@ -246,11 +254,12 @@ class Converter:
                 inv_scale=hidden.inv_scale,
                 out_bits=hidden.bits,
                 gelu=block.gelu,
+                input_bits=folded.input_bits,
             )
         codes = [fc1(x) for x in inputs]
         targets = [w.out - x for w, x in zip(wanted, stream, strict=bool(wanted))]
         folded = self.fold(site2, block.fc2, hidden, codes, targets=targets, layer_scale=block.layer_scale2)
-        fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual")
+        fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual", input_bits=folded.input_bits)
         stream[:] = map(fc2, codes, stream)
         return QuantMlp(fc1, fc2)
 
@@ -280,5 +289,6 @@ class Converter:
             inv_scale=hidden.inv_scale,
             levels=levels,
             gelu=block.gelu,
+            input_bits=folded.input_bits,
         )
         return fc1, hidden

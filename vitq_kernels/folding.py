@@ -23,6 +23,7 @@ class FoldedLinear:
     scale: Tensor  # float64 [N], real units per accumulator unit
     bias: Tensor  # float64 [N], real units
     zero_sum: Tensor  # int64 [N], sum_k z_k * w[n, k]
+    input_bits: int  # width of q
 
     def multiplier(self, out_scale: Tensor | None = None) -> Tensor:
         """``m[n]``: output codes of ``out_scale`` (or real units) per accumulator unit, float32 [N]."""
@@ -88,4 +89,4 @@ def fold_linear(
     if moments is not None and output_mean is not None:
         real_bias = output_mean.double() - scale.double() * (codes.double() @ moments.mean)
     zero_sum = codes.long() @ quantizer.zero_point.long()
-    return FoldedLinear(site, pack_weight(codes, groups), scale.double(), real_bias, zero_sum)
+    return FoldedLinear(site, pack_weight(codes, groups), scale.double(), real_bias, zero_sum, quantizer.bits)

@@ -19,7 +19,7 @@ from vitq_kernels.nn import (
 )
 from vitq_kernels.nn.linear import Epilogue
 from vitq_kernels.packing import PackedWeight
-from vitq_kernels.spec import BitAllocation, RowGroups, SiteBits
+from vitq_kernels.spec import MAX_BITS, BitAllocation, RowGroups, SiteBits
 
 
 def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Container[str] = ()) -> nn.Module:
@@ -67,7 +67,7 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
     )
     mlp = QuantMlp(
         _linear(fc1, block.fc1.in_features, "gelu levels" if gelu_levels else "gelu", fc2.activation, block.gelu),
-        _linear(fc2, block.fc2.in_features, "residual"),
+        _linear(fc2, block.fc2.in_features, "residual", input_bits=MAX_BITS if gelu_levels else None),
     )
     return QuantBlock(norm(block.norm1, qkv), attn, norm(block.norm2, fc1), mlp)
 
@@ -82,7 +82,14 @@ def _packed(groups: RowGroups | None, cols: int) -> PackedWeight:
     return PackedWeight(data, _empty(groups.order_bytes, dtype=torch.uint8), groups, cols)
 
 
-def _linear(site: SiteBits, cols: int, epilogue: Epilogue, out_bits: int = 8, gelu: str = "none") -> QuantLinear:
+def _linear(
+    site: SiteBits,
+    cols: int,
+    epilogue: Epilogue,
+    out_bits: int = MAX_BITS,
+    gelu: str = "none",
+    input_bits: int | None = None,  # None: the site's own width
+) -> QuantLinear:
     weight = _packed(site.weight, cols)
     rows = weight.groups.rows
     coded = epilogue in ("codes", "gelu")
@@ -96,6 +103,7 @@ def _linear(site: SiteBits, cols: int, epilogue: Epilogue, out_bits: int = 8, ge
         levels=_empty(1 << out_bits, dtype=torch.int8) if epilogue == "gelu levels" else None,
         out_bits=out_bits,
         gelu=gelu,
+        input_bits=input_bits or site.activation,
     )
 
 
@@ -104,4 +112,4 @@ def _float_linear(site: SiteBits, cols: int) -> QuantLinear:
     rows = weight.groups.rows
     quantize_input = QuantizeInput(_empty(cols), _empty(cols, dtype=torch.int32), site.activation)
     multiplier, bias_q = _empty(rows), _empty(rows, dtype=torch.int32)
-    return QuantLinear(weight, multiplier, bias_q, "real", quantize_input=quantize_input)
+    return QuantLinear(weight, multiplier, bias_q, "real", input_bits=site.activation, quantize_input=quantize_input)

@@ -13,6 +13,7 @@ from vitq_kernels import ops
 from vitq_kernels.nn.module import IntegerModule, QuantizeInput
 from vitq_kernels.ops import flatten_patches
 from vitq_kernels.packing import PackedWeight, groups_with_order, unpack_weight
+from vitq_kernels.spec import MAX_BITS
 
 Epilogue = Literal["codes", "gelu", "gelu levels", "real", "residual"]
 
@@ -20,8 +21,9 @@ Epilogue = Literal["codes", "gelu", "gelu levels", "real", "residual"]
 class PackedLinear(IntegerModule):
     """A weight [N, K] in the canonical packed layout and, per backend, in the layout made from it on its device."""
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight, input_bits: int = MAX_BITS) -> None:
         super().__init__()
+        self.input_bits = input_bits
         self.in_features = weight.cols
         self.out_features = weight.groups.rows
         self.groups = weight.groups
@@ -52,7 +54,7 @@ class PackedLinear(IntegerModule):
         if self.weight_packed.device.type == "meta":
             return
         with contextlib.suppress(ops.BackendUnavailableError):
-            layout, tensors = ops.prepare_weight(self.packed)
+            layout, tensors = ops.prepare_weight(self.packed, self.input_bits)
             self._prepared[layout] = tensors
 
     def prepared_weight(self) -> tuple[list[Tensor], str]:
@@ -79,7 +81,8 @@ class PackedLinear(IntegerModule):
 
     def extra_repr(self) -> str:
         """Shape and widths."""
-        return f"{self.in_features}, {self.out_features}, weight_bits={self.groups.mean_bits:.4g}"
+        widths = f"weight_bits={self.groups.mean_bits:.4g}, input_bits={self.input_bits}"
+        return f"{self.in_features}, {self.out_features}, {widths}"
 
 
 class QuantLinear(PackedLinear):
@@ -98,6 +101,8 @@ class QuantLinear(PackedLinear):
         levels: int8 [2^b], ascending; for "gelu levels". Codes are levels of 8 bits then.
         out_bits: width of the output codes; for "codes" and "gelu".
         gelu: "none" (erf) or "tanh"; for "gelu" and "gelu levels".
+        input_bits: width of the codes that come in, which none may exceed: 4 or less let a GPU that has 4-bit products
+            use them.
         quantize_input: quantizer of float inputs, or None if only int8 codes come in.
     """
 
@@ -113,9 +118,10 @@ class QuantLinear(PackedLinear):
         levels: Tensor | None = None,
         out_bits: int = 8,
         gelu: str = "none",
+        input_bits: int = MAX_BITS,
         quantize_input: QuantizeInput | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, input_bits)
         self.epilogue = epilogue
         self.out_bits = out_bits
         self.gelu = gelu

@@ -35,6 +35,7 @@ from vitq_kernels.ops.checks import (
 from vitq_kernels.ops.reference import SEMANTICS_VERSION
 from vitq_kernels.ops.reference import flatten_patches as flatten_patches
 from vitq_kernels.packing import PackedWeight
+from vitq_kernels.spec import MAX_BITS
 
 __all__ = ["SEMANTICS_VERSION", "BackendUnavailableError", "prepare_weight", "use_backend", "weight_layout"]
 
@@ -42,10 +43,14 @@ Plan = list[tuple[Sequence[int], torch.dtype]]
 OPS: list[str] = []
 
 
-def prepare_weight(weight: PackedWeight) -> tuple[str, list[Tensor]]:
-    """The canonical packed weight in the layout that the chosen backend reads: (layout name, tensors)."""
+def prepare_weight(weight: PackedWeight, input_bits: int = MAX_BITS) -> tuple[str, list[Tensor]]:
+    """The canonical packed weight in the layout that the chosen backend reads: (layout name, tensors).
+
+    ``input_bits``, 2..8: no code that it is multiplied with has more; a backend may have a faster way for few.
+    """
+    check_width("prepare_weight", input_bits)
     module = chosen_backend("linear_codes", weight.data.device.type).load()
-    return module.WEIGHT_LAYOUT, module.prepare_weight(weight)
+    return module.WEIGHT_LAYOUT, module.prepare_weight(weight, input_bits)
 
 
 def _op(schema: str, drop: tuple[str, ...] = ()) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:

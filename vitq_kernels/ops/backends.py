@@ -56,6 +56,7 @@ BACKENDS = {
     for backend in (
         Backend("cpu", "vitq_kernels.ops.cpu", ("cpu",)),
         Backend("triton", "vitq_kernels.ops.triton", ("cuda", "cpu")),
+        Backend("cuda", "vitq_kernels.ops.cuda", ("cuda", "cpu")),  # after triton until a GPU has compared them
         Backend("reference", "vitq_kernels.ops.reference", ()),
     )
 }

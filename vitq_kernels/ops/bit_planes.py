@@ -95,8 +95,8 @@ def forms(rows: int, cols: int) -> list[tuple[str, torch.dtype, tuple[object, ..
     ]
 
 
-def prepare_weight(weight: PackedWeight) -> list[Tensor]:
-    """The canonical packed weight in this layout; see BitPlanes for shapes and dtypes.
+def prepare_weight(weight: PackedWeight, input_bits: int = MAX_BITS) -> list[Tensor]:
+    """The canonical packed weight in this layout, whatever the input's width; see BitPlanes for shapes and dtypes.
 
     Raises:
         ValueError: the weight has more columns or codes than the kernels' int32 sums and offsets hold.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitq_kernels.ops import bit_planes
+from vitq_kernels.ops import bit_planes, mma_fragments
 from vitq_kernels.spec import check_bits
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -92,19 +92,32 @@ def check_weight(op: str, a: Tensor, weight: Sequence[Tensor], layout: str, rows
             fail(op, "weight", "one tensor in layout int8_rows", f"{len(weight)} tensors")
         check_tensor(op, "weight", weight[0], torch.int8, (rows, a.shape[-1]))
     elif layout == bit_planes.WEIGHT_LAYOUT:
-        forms = bit_planes.forms(rows, a.shape[-1])
-        if len(weight) != len(forms):
-            fail(op, "weight", f"{len(forms)} tensors in layout {layout}", f"{len(weight)} tensors")
-        for (name, dtype, shape), tensor in zip(forms, weight, strict=True):
-            check_tensor(op, f"weight {name}", tensor, dtype, shape)
-            if not tensor.is_contiguous():
-                fail(op, f"weight {name}", "contiguous", f"strides {tensor.stride()}")
+        _check_forms(op, weight, layout, bit_planes.forms(rows, a.shape[-1]))
         # What the tensors hold is trusted: only a copy to the host could tell.
         planes = bit_planes.BitPlanes.of(list(weight))
         if not planes.is_plausible():
             sizes = [plane.shape[0] for plane in planes.planes]
             fail(op, "weight", f"as prepare_weight makes it for {rows} rows", f"planes of {sizes} rows")
+    elif layout == mma_fragments.WEIGHT_LAYOUT:
+        _check_forms(op, weight, layout, mma_fragments.forms(rows, a.shape[-1]))
+        fragments = mma_fragments.MmaFragments.of(list(weight))
+        if not fragments.is_plausible(rows, a.shape[-1]):
+            got = f"{fragments.chunks.shape[0]} chunks, an order of {fragments.order.shape[0]} rows"
+            fail(op, "weight", f"as prepare_weight makes it for {rows} rows", got)
     else:
-        fail(op, "layout", f"int8_rows or {bit_planes.WEIGHT_LAYOUT}", repr(layout))
+        layouts = f"int8_rows, {bit_planes.WEIGHT_LAYOUT} or {mma_fragments.WEIGHT_LAYOUT}"
+        fail(op, "layout", layouts, repr(layout))
     for tensor in weight:
         check_devices(op, a, weight=tensor)
+
+
+def _check_forms(
+    op: str, weight: Sequence[Tensor], layout: str, forms: Sequence[tuple[str, torch.dtype, Sequence[object]]]
+) -> None:
+    """Checks number, names, dtypes and shapes of a prepared weight's tensors."""
+    if len(weight) != len(forms):
+        fail(op, "weight", f"{len(forms)} tensors in layout {layout}", f"{len(weight)} tensors")
+    for (name, dtype, shape), tensor in zip(forms, weight, strict=True):
+        check_tensor(op, f"weight {name}", tensor, dtype, shape)
+        if not tensor.is_contiguous():
+            fail(op, f"weight {name}", "contiguous", f"strides {tensor.stride()}")

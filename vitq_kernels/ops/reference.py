@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq_kernels.packing import PackedWeight, unpack_weight
-from vitq_kernels.spec import QuantFormat
+from vitq_kernels.spec import MAX_BITS, QuantFormat
 
 SEMANTICS_VERSION = 1
 
@@ -32,7 +32,7 @@ Accumulate = Callable[[Tensor, list[Tensor], "Tensor | None"], Tensor]
 WEIGHT_LAYOUT = "int8_rows"  # what prepare_weight makes: int8 [N, K] in the model's row order
 
 
-def prepare_weight(weight: PackedWeight) -> list[Tensor]:
+def prepare_weight(weight: PackedWeight, input_bits: int = MAX_BITS) -> list[Tensor]:
     """The canonical packed weight in this backend's layout: [int8 [N, K]]."""
     return [unpack_weight(weight)]
 

@@ -1,4 +1,4 @@
-"""Whole models on the Triton backend: every module gives the integers of the cpu backend on the same inputs."""
+"""Whole models on our kernels: every module gives the integers of the cpu backend on the same inputs."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def compared_modules(model: nn.Module, images: Tensor, case: BackendCase) -> dic
     return exact
 
 
-def test_the_demo_model(triton: BackendCase) -> None:
+def test_the_demo_model(kernels: BackendCase) -> None:
     model = load_digits_vit()
     calibration, _ = digits_images("calibration")
     scores = vitq.relevance(model, calibration)
     bits = vitq.allocate(model, scores, vitq.Budget(mean_weight_bits=3), images=calibration)
     qmodel = vitq.quantize(model, calibration, bits)
     images, _ = digits_images("test")
-    found = compared_modules(qmodel, images[:4], triton)
+    found = compared_modules(qmodel, images[:4], kernels)
     assert found == {"QuantPatchEmbed": 1, "QuantLinear": 1 + 4 * 3 + 1, "QuantAttention": 4}
 
 
 @pytest.mark.assets
-def test_a_block_of_the_real_vit_tiny(assets: Path, triton: BackendCase) -> None:
+def test_a_block_of_the_real_vit_tiny(assets: Path, kernels: BackendCase) -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
     state = load_file(next(assets.glob("vit_tiny_patch16_224*.safetensors")))
     model.load_state_dict({k: v for k, v in state.items() if not k.startswith("blocks") or k.startswith("blocks.0.")})
@@ -76,7 +76,7 @@ def test_a_block_of_the_real_vit_tiny(assets: Path, triton: BackendCase) -> None
     bits = vitq.allocate(model, scores, vitq.Budget(mean_weight_bits=4), images=calibration)
     qmodel = vitq.quantize(model, calibration, bits)
     assert any(site.weight and len(set(site.weight.bits)) > 1 for site in bits.sites.values())
-    found = compared_modules(qmodel, calibration[:1], triton)
+    found = compared_modules(qmodel, calibration[:1], kernels)
     assert found == {"QuantPatchEmbed": 1, "QuantLinear": 1 + 3 + 1, "QuantAttention": 1}
 
 
@@ -93,12 +93,11 @@ def test_a_model_waits_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model(x).shape == (3, 8)
 
 
-def test_a_head_dim_beyond_the_kernels_is_named(triton: BackendCase) -> None:
-    q = torch.zeros(1, 1, 2, 320, dtype=torch.int8, device=triton.device)
+def test_a_head_dim_beyond_the_kernels_is_named(kernels: BackendCase) -> None:
+    limit = {"triton": 256, "cuda": 128}[kernels.name]
+    q = torch.zeros(1, 1, 2, 320, dtype=torch.int8, device=kernels.device)
     vectors = (torch.ones(1), torch.full((1, 4), 255, dtype=torch.uint8), torch.ones(1, 320))
     arguments = (*vectors, torch.zeros(1, 320, dtype=torch.int32))
-    message = (
-        rf"^vitq::attention on {triton.device}: backend triton takes head dims up to 256, got 320; can: reference$"
-    )
-    with use_backend(triton.name), pytest.raises(BackendUnavailableError, match=message):
-        torch.ops.vitq.attention(q, q, q, *(t.to(triton.device) for t in arguments), None, None, 8)
+    message = f": backend {kernels.name} takes head dims up to {limit}, got 320; can: reference$"
+    with use_backend(kernels.name), pytest.raises(BackendUnavailableError, match=message):
+        torch.ops.vitq.attention(q, q, q, *(t.to(kernels.device) for t in arguments), None, None, 8)

@@ -1,0 +1,70 @@
+// What attention does to a score: distance, log2 code, level (S4), and the reference's own logarithm of a row's sum.
+#pragma once
+
+#include "semantics.cuh"
+
+namespace vitq {
+
+// A head's levels, as a warp looks them up: up to 16 in four registers, more in shared memory.
+struct Levels {
+  uint32_t words[4];           // 16 bytes, zeros behind the last level
+  const unsigned char* table;  // all of them
+  int count;
+};
+
+// log2(a / b) of positive integers below 2^52: reference.log2_ratio, rounding by rounding.
+__device__ __forceinline__ void split(int32_t x, double& mantissa, int& exponent) {
+  const uint64_t word = double_bits(static_cast<double>(x));
+  mantissa = bits_double((word & ((uint64_t{1} << 52) - 1)) | uint64_t{1023} << 52);
+  exponent = static_cast<int>(word >> 52) - 1023;
+}
+
+__device__ inline double log2_ratio(int32_t a, int32_t b) {
+  constexpr double kTwoOverLn2 = 2.8853900817779268;
+  constexpr int kTerms = 12;
+  double m_a, m_b;
+  int e_a, e_b;
+  split(a, m_a, e_a);
+  split(b, m_b, e_b);
+  const double f = (m_a - m_b) / (m_a + m_b), square = f * f;
+  double series = kTwoOverLn2 / (2 * kTerms - 1);
+#pragma unroll
+  for (int n = kTerms - 2; n >= 0; --n) series = series * square + kTwoOverLn2 / (2 * n + 1);
+  return static_cast<double>(e_a - e_b) + f * series;
+}
+
+// Code steps from a row's maximum to probability 1: reference.attention_offset.
+__device__ inline float attention_offset(int32_t total, int32_t largest, float inv_tau) {
+  return static_cast<float>(log2_ratio(total, largest) * static_cast<double>(inv_tau));
+}
+
+// How distances become codes. Words near kRoundToInteger whose low byte is the code.
+struct Coding {
+  float kappa, offset, last;  // last: level count - 1
+  bool normalised;            // with an offset, which is added after the product was rounded
+
+  __device__ __forceinline__ uint32_t code(int32_t distance) const {
+    const float d = int_to_float(distance);
+    if (normalised) return float_bits(fminf(d * kappa + offset, last) + kRoundToInteger);
+    return float_bits(fminf(fmaf(d, kappa, kRoundToInteger), kRoundToInteger + last));
+  }
+};
+
+// The levels of four codes, the first in the lowest byte.
+__device__ __forceinline__ uint32_t levels_of(const Levels& levels, const uint32_t (&code)[4]) {
+  if (levels.count > 16) {
+    uint32_t level[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) level[i] = levels.table[code[i] & 255];
+    return pack_bytes(level[0], level[1], level[2], level[3]);
+  }
+  // Codes are below 16 and the constant's low 16 bits are zero, shifted or not: four nibbles, which select bytes.
+  const uint32_t nibbles = code[0] + (code[1] << 4) + (code[2] << 8) + (code[3] << 12);
+  const uint32_t low = permute_bytes(levels.words[0], levels.words[1], nibbles & 0x7777);
+  if (levels.count <= 8) return low;
+  const uint32_t high = permute_bytes(levels.words[2], levels.words[3], nibbles & 0x7777);
+  const uint32_t upper = permute_bytes(0x0000ff00u, 0, nibbles >> 3 & 0x1111);  // 0xff where a code is 8 or more
+  return low ^ ((low ^ high) & upper);
+}
+
+}  // namespace vitq

@@ -1,0 +1,104 @@
+// vitq_kernels._cuda: the launchers of launchers.h as Python functions of the same names. Pointers and streams cross as
+// integers (torch's data_ptr() and cuda_stream; None is null), so that the extension needs no torch and serves any.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "launchers.h"
+
+#ifdef VITQ_EMULATION
+#include <array>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(std::optional<uintptr_t> address) {
+  return reinterpret_cast<T*>(address.value_or(0));
+}
+
+// How a launcher's argument crosses: a pointer as an integer, anything else as itself.
+template <typename T>
+struct Wire {
+  using type = T;
+  static T cross(T value) { return value; }
+};
+template <typename T>
+struct Wire<T*> {
+  using type = std::optional<uintptr_t>;
+  static T* cross(type value) { return at<T>(value); }
+};
+
+// Defines `launcher` under `name`; its arguments are positional, in the launcher's order. The GIL stays held: a launch
+// takes microseconds.
+template <typename... Arguments>
+void define(py::module_& module, const char* name, void (*launcher)(Arguments...)) {
+  module.def(name, [launcher](typename Wire<Arguments>::type... values) {
+    launcher(Wire<Arguments>::cross(values)...);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "The hand-written CUDA kernels of vitq-kernels; see csrc/launchers.h.";
+  define(module, "quantize", &vitq::quantize);
+  define(module, "quantize_patches", &vitq::quantize_patches);
+  define(module, "quantize_per_token", &vitq::quantize_per_token);
+  define(module, "layernorm", &vitq::layernorm);
+  py::class_<vitq::AttentionOperand>(module, "AttentionOperand")
+      .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t position) {
+        return vitq::AttentionOperand{reinterpret_cast<const int8_t*>(data), batch, head, position};
+      }));
+  py::class_<vitq::AttentionBias>(module, "AttentionBias")
+      .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t query, int64_t key) {
+        return vitq::AttentionBias{reinterpret_cast<const int32_t*>(data), batch, head, query, key};
+      }));
+  define(module, "attention", &vitq::attention);
+  using Address = std::optional<uintptr_t>;
+  py::class_<vitq::LinearWeight>(module, "LinearWeight")
+      .def(py::init([](Address chunks, Address groups, Address order, int group_count, int steps, int widest) {
+        return vitq::LinearWeight{at<const uint8_t>(chunks), at<const int32_t>(groups), at<const int32_t>(order),
+                                  group_count, steps, widest};
+      }));
+  py::class_<vitq::EpilogueArguments>(module, "EpilogueArguments")
+      .def(py::init([](Address multiplier, Address bias_q, Address zero_point, Address inv_scale, Address thresholds,
+                       Address levels, Address residual, Address token_scale, int level_count, int residual_rows,
+                       int bits, bool tanh_form, int real_dtype) {
+        return vitq::EpilogueArguments{at<const float>(multiplier), at<const int32_t>(bias_q),
+                                       at<const int32_t>(zero_point), at<const float>(inv_scale),
+                                       at<const float>(thresholds), at<const int8_t>(levels), at<const void>(residual),
+                                       at<const float>(token_scale), level_count, residual_rows, bits, tanh_form,
+                                       real_dtype};
+      }));
+  define(module, "linear", &vitq::linear);
+  module.def("gemm_tiles", [] {
+    std::vector<std::tuple<int, int, int, int, int>> rows;
+    for (int i = 0; i < vitq::kGemmTiles; ++i) {
+      const vitq::GemmTile tile = vitq::gemm_tile(i);
+      rows.emplace_back(tile.rows, tile.tokens, tile.threads, tile.stages, tile.blocks);
+    }
+    return rows;
+  });
+  module.def("gemm_shared_bytes", [](int tile, int widest, bool ordered, int kind) {
+    return vitq::gemm_shared_bytes(tile, widest, ordered, static_cast<vitq::Epilogue>(kind));
+  });
+
+#ifdef VITQ_EMULATION
+  module.def("set_seed", &vitq::emulation::set_seed);
+  module.def("plant", [](int skipped_barrier, unsigned extra_pending, bool unbounded_copies, bool swapped_fragment) {
+    vitq::emulation::faults() = {skipped_barrier, extra_pending, unbounded_copies, swapped_fragment};
+  });
+  module.def("take_barrier_lines", [] {
+    std::array<int, 256> lines;
+    const size_t count = vitq::emulation::take_barrier_lines(lines.data(), lines.size());
+    return std::vector<int>(lines.begin(), lines.begin() + count);
+  });
+#endif
+}

@@ -1,0 +1,80 @@
+// The CUDA execution model on a CPU: what a kernel's source needs to compile with a host compiler, and what runs it.
+//
+// Every thread of a block is a fiber, blocks run one after another. A warp instruction (mma, ldmatrix, a shuffle) is
+// computed once all 32 lanes have arrived at it; lanes that never arrive are an error. The schedule is adversarial:
+// a warp, chosen at random, runs ahead until it must wait for a barrier, its lanes in random order; a missing
+// __syncthreads() then reads what another warp has not written yet. Round-robin scheduling lets it pass.
+// Shared memory starts as garbage and is allocated to the byte, so that AddressSanitizer sees what leaves it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct uint2 {
+  unsigned x, y;
+} __attribute__((aligned(8)));
+struct uint4 {
+  unsigned x, y, z, w;
+} __attribute__((aligned(16)));
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+
+namespace vitq::emulation {
+
+constexpr int kWarp = 32;
+
+struct Indices {
+  dim3 thread, block, block_size, grid_size;
+};
+
+// Of the running thread.
+const Indices& indices();
+unsigned lane();
+unsigned char* shared_memory_of_block();
+// Throws unless [address, address + bytes) lies in the block's shared memory, at a multiple of `bytes`.
+void check_shared(const void* address, size_t bytes, const char* instruction);
+
+// Runs `kernel` for every thread of the grid; throws std::runtime_error on divergence, deadlock and bad addresses.
+void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+// __syncthreads(); `line` names the place for plant().
+void barrier(int line);
+
+// A warp instruction: `execute` runs once, with the operands that each lane gave.
+using Execute = void (*)(void* const operands[kWarp]);
+void collective(const char* name, void* operands, Execute execute);
+
+// cp.async: the destination is garbage from here on, and gets the source's bytes at the wait that covers the group.
+void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid);
+void commit_copies();
+void wait_copies(unsigned pending_groups);
+
+// Faults for the tests of the emulation itself: each makes correct source behave as source with that mistake would.
+struct Faults {
+  int skipped_barrier = 0;    // line of a __syncthreads() that is not there
+  unsigned extra_pending = 0; // cp.async.wait_group waits for so many groups fewer
+  bool unbounded_copies = false;  // cp.async copies beyond the bound that it was given
+  bool swapped_fragment = false;  // mma gets its second and third A register exchanged
+};
+Faults& faults();
+// Lines of the barriers that the last launches met, ascending; reset by reading.
+size_t take_barrier_lines(int* lines, size_t capacity);
+// Of the schedule; launches that follow draw from it.
+void set_seed(uint64_t seed);
+
+}  // namespace vitq::emulation
+
+#define threadIdx (vitq::emulation::indices().thread)
+#define blockIdx (vitq::emulation::indices().block)
+#define blockDim (vitq::emulation::indices().block_size)
+#define gridDim (vitq::emulation::indices().grid_size)

@@ -1,0 +1,127 @@
+// What happens to an int32 accumulator of a linear layer (S2, S5): the only place of this backend where it is rescaled.
+#pragma once
+
+#include <cstdint>
+
+#include "launchers.h"
+#include "semantics.cuh"
+
+namespace vitq {
+
+constexpr int kRun = 8;  // consecutive rows that a thread finishes at a time
+
+// What a run of rows needs of the vectors.
+struct RunVectors {
+  float multiplier[kRun];
+  int32_t bias[kRun];
+  float zero[kRun];  // kRoundToInteger + zero point
+  float inv_scale[kRun];
+};
+
+// The vectors' entries of one row; zeros beyond N.
+template <Epilogue kKind>
+__device__ __forceinline__ void load_vectors(const EpilogueArguments& with, int row, int rows, float& multiplier,
+                                             int32_t& bias, float& zero, float& inv_scale) {
+  const bool inside = row < rows;
+  multiplier = inside ? with.multiplier[row] : 0.0f;
+  bias = inside && with.bias_q != nullptr ? with.bias_q[row] : 0;
+  const bool has_zero = kKind != Epilogue::kReal && inside && with.zero_point != nullptr;
+  zero = kRoundToInteger + (has_zero ? static_cast<float>(with.zero_point[row]) : 0.0f);
+  inv_scale = kKind == Epilogue::kGelu && inside ? with.inv_scale[row] : 0.0f;
+}
+
+// The level of t: levels[#{j : t >= thresholds[j]}], by halving.
+__device__ __forceinline__ uint32_t level_of(const EpilogueArguments& with, float t) {
+  int below = 0;
+  for (int step = 128; step > 0; step >>= 1) {
+    if (below + step < with.level_count && t >= with.thresholds[below + step - 1]) below += step;
+  }
+  return static_cast<uint8_t>(with.levels[below]);
+}
+
+// Rescales the accumulators of a run of rows at one token. What comes out: the low byte is the code (kCodes, kGelu);
+// the word is the float32 in real units, without residual (kReal); or the accumulator (kPartial).
+template <Epilogue kKind>
+__device__ __forceinline__ void rescale(const EpilogueArguments& with, const RunVectors& vectors, float token_scale,
+                                        const int32_t (&acc)[kRun], uint32_t (&word)[kRun]) {
+  const CodeRange range = code_range(kKind == Epilogue::kPartial ? 8 : with.bits);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if constexpr (kKind == Epilogue::kPartial) {
+      word[i] = static_cast<uint32_t>(acc[i]);
+    } else if constexpr (kKind == Epilogue::kCodes) {
+      word[i] = requantise(int_to_float(acc[i] + vectors.bias[i]), vectors.multiplier[i], vectors.zero[i], range);
+    } else if constexpr (kKind == Epilogue::kGelu) {
+      const float y = int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i];
+      const float g = gelu(y, with.tanh_form != 0);
+      word[i] = with.levels == nullptr ? requantise(g, vectors.inv_scale[i], vectors.zero[i], range)
+                                       : level_of(with, g * vectors.inv_scale[i]);
+    } else if (with.token_scale != nullptr) {
+      const float y = int_to_float(acc[i]) * (token_scale * vectors.multiplier[i]);
+      word[i] = float_bits(with.bias_q == nullptr ? y : y + bits_float(static_cast<uint32_t>(vectors.bias[i])));
+    } else {
+      word[i] = float_bits(int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i]);
+    }
+  }
+}
+
+// The last step of kReal: adds the residual, rounds to the output's dtype and stores a run of a token's row.
+// `vector`: N is a multiple of the run, so that runs are inside or outside as a whole and 16-byte aligned.
+__device__ __forceinline__ void store_real(const EpilogueArguments& with, uint32_t (&word)[kRun], void* out, int token,
+                                           int row, int rows, bool vector) {
+  const Real dtype = static_cast<Real>(with.real_dtype);
+  const int64_t at = int64_t{token} * rows + row;
+  const int64_t before = with.residual == nullptr ? 0 : int64_t{token % with.residual_rows} * rows + row;
+  if (dtype == Real::kFloat32) {
+    float* target = static_cast<float*>(out) + at;
+    const float* residual = with.residual == nullptr ? nullptr : static_cast<const float*>(with.residual) + before;
+    if (vector) {
+#pragma unroll
+      for (int half = 0; half < kRun; half += 4) {
+        if (residual != nullptr) {
+          const uint4 r = *reinterpret_cast<const uint4*>(residual + half);
+          word[half] = float_bits(bits_float(r.x) + bits_float(word[half]));
+          word[half + 1] = float_bits(bits_float(r.y) + bits_float(word[half + 1]));
+          word[half + 2] = float_bits(bits_float(r.z) + bits_float(word[half + 2]));
+          word[half + 3] = float_bits(bits_float(r.w) + bits_float(word[half + 3]));
+        }
+        *reinterpret_cast<uint4*>(target + half) = {word[half], word[half + 1], word[half + 2], word[half + 3]};
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (row + i >= rows) continue;
+      target[i] = residual == nullptr ? bits_float(word[i]) : bits_float(word[i]) + residual[i];
+    }
+    return;
+  }
+  uint16_t* target = static_cast<uint16_t*>(out) + at;
+  const uint16_t* residual = with.residual == nullptr ? nullptr : static_cast<const uint16_t*>(with.residual) + before;
+  if (vector) {
+    uint32_t packed[kRun / 2];
+    uint4 r = {0, 0, 0, 0};
+    if (residual != nullptr) r = *reinterpret_cast<const uint4*>(residual);
+    const uint32_t added[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+    for (int i = 0; i < kRun / 2; ++i) {
+      float low = bits_float(word[2 * i]), high = bits_float(word[2 * i + 1]);
+      if (residual != nullptr) {
+        low += real_from_16(static_cast<uint16_t>(added[i]), dtype);
+        high += real_from_16(static_cast<uint16_t>(added[i] >> 16), dtype);
+      }
+      packed[i] = real_to_16(low, dtype) | real_to_16(high, dtype) << 16;
+    }
+    *reinterpret_cast<uint4*>(target) = {packed[0], packed[1], packed[2], packed[3]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (row + i >= rows) continue;
+    float y = bits_float(word[i]);
+    if (residual != nullptr) y += real_from_16(residual[i], dtype);
+    target[i] = static_cast<uint16_t>(real_to_16(y, dtype));
+  }
+}
+
+}  // namespace vitq

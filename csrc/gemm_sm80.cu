@@ -1,0 +1,125 @@
+// The launcher of the linear ops: a GEMM in one part, or in several and a kernel that adds them.
+
+#include "gemm_sm80.cuh"
+
+namespace vitq {
+
+// Adds the parts' sums; a thread finishes a run of 8 rows of one token.
+template <Epilogue kKind>
+__global__ void __launch_bounds__(128) finish_kernel(const GemmArguments with, const int32_t* partial, int parts) {
+  const int runs = (with.rows + kRun - 1) / kRun;
+  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
+  const int token = static_cast<int>(index / runs), row = static_cast<int>(index % runs) * kRun;
+  if (token >= with.tokens) return;
+  const bool vector = with.rows % kRun == 0;
+  const int64_t part_size = int64_t{with.tokens} * with.rows;
+  const int32_t* source = partial + int64_t{token} * with.rows + row;
+  int32_t acc[kRun] = {};
+  for (int part = 0; part < parts; ++part, source += part_size) {
+    if (vector) {
+      const uint4 low = *reinterpret_cast<const uint4*>(source), high = *reinterpret_cast<const uint4*>(source + 4);
+      const uint32_t sums[kRun] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) acc[i] += static_cast<int32_t>(sums[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) acc[i] += row + i < with.rows ? source[i] : 0;
+    }
+  }
+  RunVectors run;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    load_vectors<kKind>(with.epilogue, row + i, with.rows, run.multiplier[i], run.bias[i], run.zero[i],
+                        run.inv_scale[i]);
+  }
+  const bool scaled = kKind == Epilogue::kReal && with.epilogue.token_scale != nullptr;
+  uint32_t word[kRun];
+  rescale<kKind>(with.epilogue, run, scaled ? with.epilogue.token_scale[token] : 1.0f, acc, word);
+  if (kKind != Epilogue::kReal && vector) {
+    *reinterpret_cast<uint2*>(static_cast<int8_t*>(with.out) + int64_t{token} * with.rows + row) = {
+        pack_bytes(word[0], word[1], word[2], word[3]), pack_bytes(word[4], word[5], word[6], word[7])};
+    return;
+  }
+  store_words<kKind>(with, word, token, row, vector);
+}
+
+template <Epilogue kKind>
+void launch_finish(const GemmArguments& with, const int32_t* partial, int parts, cudaStream_t stream) {
+  const int64_t threads = int64_t{with.tokens} * ((with.rows + kRun - 1) / kRun), blocks = (threads + 127) / 128;
+  require(blocks < int64_t{1} << 31, "linear: too many outputs, " + std::to_string(threads * kRun));
+  const auto kernel = &finish_kernel<kKind>;
+  VITQ_LAUNCH(kernel, static_cast<unsigned>(blocks), 128, 0, stream, with, partial, parts);
+  check_launch("linear, sum of the parts");
+}
+
+template <>
+void launch_gemm<Epilogue::kCodes>(const GemmArguments&, int, bool, int, cudaStream_t);
+template <>
+void launch_gemm<Epilogue::kGelu>(const GemmArguments&, int, bool, int, cudaStream_t);
+template <>
+void launch_gemm<Epilogue::kReal>(const GemmArguments&, int, bool, int, cudaStream_t);
+template <>
+void launch_gemm<Epilogue::kPartial>(const GemmArguments&, int, bool, int, cudaStream_t);
+
+void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
+            EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,
+            cudaStream_t stream) {
+  require(rows > 0 && columns > 0 && columns % 16 == 0 && a_stride % 16 == 0 && a_stride >= columns &&
+              a_stride < int64_t{1} << 31,
+          "linear: columns and a_stride must be positive multiples of 16, got " + std::to_string(columns) + " and " +
+              std::to_string(a_stride));
+  require(weight.steps * kStepColumns >= columns && weight.group_count * kGroupRows >= rows,
+          "linear: the weight is smaller than its rows and columns");
+  require(1 <= parts && parts <= weight.steps, "linear: parts must be in 1.." + std::to_string(weight.steps) +
+                                                   ", got " + std::to_string(parts));
+  require(parts == 1 || partial != nullptr, "linear: several parts need room for their sums");
+  require(!native4 || weight.widest <= 4, "linear: 4-bit products need weights of at most 4 bits");
+  if (tokens == 0) return;
+  GemmArguments with{a, a_stride, weight, tokens, rows, columns, out, epilogue};
+  const Epilogue how = static_cast<Epilogue>(kind);
+  if (parts > 1) {
+    with.out = partial;
+    launch_gemm<Epilogue::kPartial>(with, tile, native4, parts, stream);
+    with.out = out;
+  }
+  switch (how) {
+#define VITQ_KIND(name)                                                                            \
+  case Epilogue::name:                                                                             \
+    return parts > 1 ? launch_finish<Epilogue::name>(with, partial, parts, stream)                 \
+                     : launch_gemm<Epilogue::name>(with, tile, native4, parts, stream);
+    VITQ_KIND(kCodes)
+    VITQ_KIND(kGelu)
+    VITQ_KIND(kReal)
+#undef VITQ_KIND
+    default:
+      require(false, "linear: kind must be 0..2, got " + std::to_string(kind));
+  }
+}
+
+#define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks)                             \
+  case index: {                                                                                             \
+    using T = Tile<row_warps, token_warps, fragments, stages, blocks>;                                      \
+    return visit(T());                                                                                      \
+  }
+
+template <class Visit>
+auto visit_tile(int index, const Visit& visit) {
+  switch (index) {
+    VITQ_GEMM_TILES(VITQ_TILE_ROW)
+    default:
+      throw std::invalid_argument("vitq_kernels._cuda: no tile " + std::to_string(index));
+  }
+}
+
+GemmTile gemm_tile(int index) {
+  return visit_tile(index, [](auto tile) {
+    using T = decltype(tile);
+    return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, T::kBlocks};
+  });
+}
+
+int gemm_shared_bytes(int index, int widest, bool ordered, Epilogue kind) {
+  return visit_tile(index, [&](auto tile) { return shared_bytes<decltype(tile)>(widest, ordered, staged_element(kind)); });
+}
+
+}  // namespace vitq

@@ -1,0 +1,90 @@
+// Packed weights of 2..8 bits, from shared memory to the B registers of an mma. The layout is defined, and made, in
+// vitq_kernels/ops/mma_fragments.py; here it is undone.
+//
+// A group is 64 rows; its step is 64 columns: 32 registers of four bytes a lane, register 4j + 2h' + h holding, of the
+// 8 rows of fragment j, the columns 32 h' + 16 h + 4 (lane % 4) .. + 3 (h', h: which mma of the step, which of its two
+// registers). The codes are cut into planes of 8, 4, 2 and 1 bits from the top down (7 = 4 + 2 + 1, 6 = 4 + 2,
+// 5 = 4 + 1, 3 = 2 + 1); a plane of p bits holds 8 / p registers in a word and is p chunks of 16 bytes a lane. So a step
+// of b bits is b chunks of 512 bytes, whatever b is, each read by one conflict-free 16-byte access.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+namespace vitq {
+
+constexpr int kGroupRows = 64;
+constexpr int kStepColumns = 64;
+constexpr int kChunkBytes = 512;      // 16 bytes a lane
+constexpr int kFragmentsOfGroup = 8;  // of 8 rows
+
+__host__ __device__ constexpr bool has_plane(int bits, int plane) { return bits == 8 ? plane == 8 : (bits & plane) != 0; }
+
+// Where the chunks of a plane begin: the planes lie from the widest to the narrowest.
+__host__ __device__ constexpr int first_chunk(int bits, int plane) { return plane == 8 ? 0 : bits & ~(2 * plane - 1); }
+
+// Part `kPart` of a word's bytes moved to bits kTarget .. kTarget + kPlane - 1; zero elsewhere. Two instructions, one
+// where nothing moves.
+template <int kPlane, int kPart, int kTarget>
+__device__ __forceinline__ uint32_t part_of(uint32_t word) {
+  constexpr int kSource = 8 - kPlane * (kPart + 1);
+  constexpr uint32_t kMask = 0x01010101u * (((1u << kPlane) - 1) << kTarget);
+  return (kSource >= kTarget ? word >> (kSource - kTarget) : word << (kTarget - kSource)) & kMask;
+}
+
+// The weights of one step of a group as they lie in shared memory; loads what a fragment needs when it is asked for,
+// fragments in ascending order.
+template <int kBits>
+struct WeightStep {
+  const unsigned char* chunks;  // of this lane: chunk c is at + c * kChunkBytes
+  uint4 plane8, plane4, plane2, plane1;
+
+  __device__ explicit WeightStep(const unsigned char* chunks_of_lane) : chunks(chunks_of_lane) {}
+
+  template <int kPlane>
+  __device__ __forceinline__ uint4 load(int chunk) const {
+    return *reinterpret_cast<const uint4*>(chunks + (first_chunk(kBits, kPlane) + chunk) * kChunkBytes);
+  }
+
+  template <int kFragment>
+  __device__ __forceinline__ void advance() {
+    if constexpr (has_plane(kBits, 8)) plane8 = load<8>(kFragment);
+    if constexpr (has_plane(kBits, 4) && kFragment % 2 == 0) plane4 = load<4>(kFragment / 2);
+    if constexpr (has_plane(kBits, 2) && kFragment % 4 == 0) plane2 = load<2>(kFragment / 4);
+    if constexpr (has_plane(kBits, 1) && kFragment == 0) plane1 = load<1>(0);
+  }
+
+  template <int kIndex>
+  static __device__ __forceinline__ uint32_t word(const uint4& chunk) {
+    return kIndex == 0 ? chunk.x : kIndex == 1 ? chunk.y : kIndex == 2 ? chunk.z : chunk.w;
+  }
+
+  // Register kRegister (0..31) of the step as bytes, each code left-aligned in its byte: times 2^(8 - kBits).
+  template <int kRegister>
+  __device__ __forceinline__ uint32_t bytes() const {
+    if constexpr (kBits == 8) return word<kRegister % 4>(plane8);
+    uint32_t result = 0;
+    if constexpr (has_plane(kBits, 4)) result |= part_of<4, kRegister % 2, 4>(word<kRegister / 2 % 4>(plane4));
+    constexpr int kTop = has_plane(kBits, 4) ? 2 : 6;  // of the plane of 2 bits
+    if constexpr (has_plane(kBits, 2)) result |= part_of<2, kRegister % 4, kTop>(word<kRegister / 4 % 4>(plane2));
+    if constexpr (has_plane(kBits, 1)) result |= part_of<1, kRegister % 8, 8 - kBits>(word<kRegister / 8>(plane1));
+    return result;
+  }
+
+  // Registers kRegister (even) and the next one as nibbles, the first in the upper ones: times 2^(4 - kBits).
+  template <int kRegister>
+  __device__ __forceinline__ uint32_t nibbles() const {
+    static_assert(kBits <= 4);
+    if constexpr (kBits == 4) return word<kRegister / 2 % 4>(plane4);
+    const uint32_t twos = word<kRegister / 4 % 4>(plane2);
+    uint32_t result = part_of<2, kRegister % 4, 6>(twos) | part_of<2, kRegister % 4 + 1, 2>(twos);
+    if constexpr (kBits == 3) {
+      const uint32_t ones = word<kRegister / 8>(plane1);
+      result |= part_of<1, kRegister % 8, 5>(ones) | part_of<1, kRegister % 8 + 1, 1>(ones);
+    }
+    return result;
+  }
+};
+
+}  // namespace vitq

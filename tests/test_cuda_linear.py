@@ -1,0 +1,210 @@
+"""The CUDA linear kernels beyond every backend's cases: each tile, parts of K, row orders, 4-bit products, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conformance import EXACT_OPS, Case, exact_reals, reference_call
+from tests.conftest import BackendCase
+from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close, codes, integers, uniform
+from tests.op_cases import CASES, weight_codes
+from vitq_kernels.ops.cuda import linear
+from vitq_kernels.ops.cuda.launch import module
+from vitq_kernels.ops.cuda.tiles import TILES, WINDOW_ROWS, Gpu, Plan, Problem, asked, candidates, forced, rank
+from vitq_kernels.ops.mma_fragments import prepare_weight
+from vitq_kernels.packing import PackedWeight, pack_weight
+from vitq_kernels.spec import RowGroups
+
+LINEAR_OPS = [op for op in CASES if op.startswith("linear")]
+# Rows: two windows, the second one ragged; uniform rows are stored in order, mixed ones are not.
+SHUFFLED = [torch.randperm(n, generator=torch.manual_seed(n)).tolist() for n in (256, 200)]
+MIXED = RowGroups(328, (8, 2, 5, 3, 7, 4), 64, (*SHUFFLED[0], *range(256, 328)))
+NARROW = RowGroups(200, (4, 2, 3, 4), 64, tuple(SHUFFLED[1]))
+
+
+def linear_case(groups: RowGroups, m: int, k: int, a_bits: int = 8, kind: str = "random") -> Case:
+    """linear_codes on codes of ``a_bits``; the multipliers spread the sums over the codes."""
+    n = groups.rows
+    a, w = codes(kind, (m, k), a_bits, seed=m), weight_codes(kind, groups, k, seed=n)
+    largest = (a.double() @ w.double().t()).abs().amax(0).clamp_min(1)
+    arguments = {
+        "a": a,
+        "weight": pack_weight(w, groups),
+        "multiplier": (160 * uniform(0.5, 1.5, (n,), seed=3) / largest).float(),
+        "bias_q": integers(-60, 60, (n,), seed=k),
+        "zero_point": integers(-20, 20, (n,), seed=5),
+        "bits": 8,
+    }
+    return Case("linear_codes", f"{m}x{k}x{n}-{kind}", arguments)
+
+
+def run(case: Case, device: str, input_bits: int = 8) -> Tensor:
+    """The op on the kernel, in the layout that a weight multiplied with codes of ``input_bits`` gets."""
+    arguments: dict[str, Any] = {}
+    for name, value in case.arguments.items():
+        if isinstance(value, PackedWeight):
+            moved = replace(value, data=value.data.to(device), row_order=value.row_order.to(device))
+            arguments[name] = prepare_weight(moved, input_bits)
+        else:
+            arguments[name] = value.to(device) if isinstance(value, Tensor) else value
+    output: Tensor = getattr(linear, case.op)(**arguments)
+    return output.cpu()
+
+
+def check(case: Case, device: str, input_bits: int = 8) -> None:
+    got, (wanted,) = run(case, device, input_bits), reference_call(case)
+    if case.op in EXACT_OPS:
+        assert_bitwise_equal(got, wanted)
+    elif wanted.dtype == torch.int8:
+        assert_codes_close(got, wanted)
+    else:
+        assert_reals_close(got, exact_reals(case), wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}")
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_tile_and_width(cuda: BackendCase, bits: int, tile: int, parts: int) -> None:
+    with forced(Plan(tile, parts)):
+        check(linear_case(RowGroups.uniform(72, bits), 35, 200, kind="extreme" if tile % 2 else "random"), cuda.device)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "tile",
+    [i for i, tile in enumerate(TILES) if tile.rows == WINDOW_ROWS],
+    ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}",
+)
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_rows_of_mixed_widths_come_out_in_order(cuda: BackendCase, op: str, tile: int, parts: int) -> None:
+    with forced(Plan(tile, parts)):
+        check(next(case for case in CASES[op] if case.arguments["weight"].groups.order is not None), cuda.device)
+        if op == "linear_codes":
+            check(linear_case(MIXED, 37, 130), cuda.device)
+
+
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}")
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_every_epilogue_of_every_tile(cuda: BackendCase, op: str, tile: int) -> None:
+    case = next(c for c in CASES[op] if c.arguments["weight"].groups.order is None and c.label.endswith("random"))
+    for parts in (1, 2):
+        with forced(Plan(tile, min(parts, -(-case.arguments["a"].shape[-1] // 64)))):
+            check(case, cuda.device)
+
+
+@pytest.mark.parametrize("kind", ["random", "extreme", "one_sided"])
+@pytest.mark.parametrize(
+    "groups",
+    [RowGroups.uniform(72, 4), RowGroups.uniform(64, 3), RowGroups.uniform(130, 2), NARROW],
+    ids=["w4", "w3", "w2", "mixed"],
+)
+def test_four_bit_products(emulated: BackendCase, groups: RowGroups, kind: str) -> None:
+    """On the emulated A100 codes of 4 bits take the 4-bit mma; its sums are those of the 8-bit one."""
+    case = linear_case(groups, 19, 150, a_bits=4, kind=kind)
+    with asked() as problems:
+        check(case, "cpu", input_bits=4)
+        check(case, "cpu", input_bits=5)
+    assert [problem.native4 for problem in problems] == [True, False]
+
+
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}")
+def test_four_bit_products_of_every_tile(emulated: BackendCase, tile: int) -> None:
+    for parts in (1, 2):
+        with forced(Plan(tile, parts)):
+            check(linear_case(RowGroups.uniform(96, 4), 33, 192, a_bits=4), "cpu", input_bits=4)
+
+
+@pytest.mark.parametrize("cc", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("ordered", [False, True], ids=["in-order", "reordered"])
+def test_every_layer_has_a_plan(cc: int, ordered: bool) -> None:
+    for tokens, rows, cols in ((1, 1, 1), (197, 768, 3072), (12608, 3072, 768), (64 * 1025, 5120, 1280)):
+        problem = Problem(tokens, rows, cols, 8, ordered, False)
+        plans = [plan for plan, _ in rank(problem, Gpu(cc, 100))]
+        assert sorted(map(str, plans)) == sorted(map(str, candidates(problem, Gpu(cc, 100))))
+        assert all(plan.parts <= problem.steps for plan in plans)
+        assert plans
+        assert not ordered or all(TILES[plan.tile].rows == WINDOW_ROWS for plan in plans)
+
+
+def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
+    rows = [(t.rows, t.tokens, t.threads, t.stages, t.blocks) for t in TILES]
+    assert module().gemm_tiles() == rows
+    for number, tile in enumerate(TILES):
+        for widest in range(2, 9):
+            for ordered in (False, True) if tile.rows == WINDOW_ROWS else (False,):
+                for kind in range(3):
+                    assert module().gemm_shared_bytes(number, widest, ordered, kind) <= 99 << 10
+                    fits = module().gemm_shared_bytes(number, widest, ordered, kind) == tile.shared_bytes(widest)
+                    assert fits or ordered
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tile": 6}, "no tile 6"),
+        ({"tile": 5, "groups": MIXED}, "reordered rows need a tile of 256 rows"),
+        ({"parts": 5}, r"parts must be in 1..4, got 5"),
+    ],
+    ids=["tile", "order", "parts"],
+)
+def test_a_wrong_call_is_refused(emulated: BackendCase, changes: dict[str, Any], message: str) -> None:
+    case = linear_case(changes.get("groups", RowGroups.uniform(72, 4)), 3, 200)
+    plan = Plan(changes.get("tile", 0), changes.get("parts", 1))
+    with forced(plan), pytest.raises(ValueError, match=rf"^vitq_kernels._cuda: linear: {message}"):
+        run(case, "cpu")
+
+
+# What the emulation must not let pass. Each fault makes the correct source behave as one with that mistake.
+
+
+@pytest.fixture
+def planted(emulated: BackendCase) -> Iterator[Any]:
+    yield module()
+    module().plant(0, 0, False, False)
+    module().set_seed(1)
+
+
+def fails_under_some_seed(case: Case, seeds: int = 6) -> bool:
+    for seed in range(seeds):
+        module().set_seed(seed)
+        try:
+            check(case, "cpu")
+        except (AssertionError, RuntimeError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("groups", [RowGroups.uniform(256, 8), MIXED], ids=["direct", "ordered"])
+def test_every_barrier_is_needed(planted: Any, groups: RowGroups) -> None:
+    case = linear_case(groups, 100, 400)
+    with forced(Plan(0)):
+        planted.take_barrier_lines()
+        check(case, "cpu")
+        lines = planted.take_barrier_lines()
+        assert len(lines) == (1 if groups is not MIXED else 3)
+        for line in lines:
+            planted.plant(line, 0, False, False)
+            assert fails_under_some_seed(case), f"without the barrier of line {line} the numbers are the same"
+
+
+def test_a_wait_for_too_few_copies_is_caught(planted: Any) -> None:
+    planted.plant(0, 1, False, False)
+    assert fails_under_some_seed(linear_case(RowGroups.uniform(64, 8), 20, 300), seeds=1)
+
+
+def test_a_swapped_fragment_is_caught(planted: Any) -> None:
+    planted.plant(0, 0, False, True)
+    assert fails_under_some_seed(linear_case(RowGroups.uniform(64, 8), 20, 100), seeds=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_schedule_gives_the_same(planted: Any, seed: int) -> None:
+    planted.set_seed(seed)
+    with forced(Plan(0, 2)):
+        check(linear_case(MIXED, 100, 400, kind="extreme"), "cpu")

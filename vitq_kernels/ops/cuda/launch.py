@@ -1,0 +1,71 @@
+"""How a kernel of the extension is started: on the current stream of the tensors' device, from raw pointers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from vitq_kernels.ops.backends import BackendUnavailableError
+from vitq_kernels.ops.cuda.tiles import Gpu
+
+# Path of the extension built for a CPU with csrc/emulation, for tests: tensors then lie on the cpu.
+EMULATION_VARIABLE = "VITQ_CUDA_EMULATION"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # semantics.cuh, Real
+
+
+@cache
+def module() -> ModuleType:
+    """The extension, or its emulation where the environment names one."""
+    path = os.environ.get(EMULATION_VARIABLE)
+    if not path:
+        return importlib.import_module("vitq_kernels._cuda")
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{EMULATION_VARIABLE} must be the path of an extension module, got {path}")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def emulated() -> bool:
+    """Whether the kernels run on the CPU in this process."""
+    return bool(os.environ.get(EMULATION_VARIABLE))
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The GPU that a tensor lies on. The emulation stands for an A100."""
+    return _gpu(tensor.device.index) if tensor.is_cuda else Gpu(80, 108, "emulation")
+
+
+@cache
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count, properties.name)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements begin; None is a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def refuse(op: str, like: Tensor, why: str) -> NoReturn:
+    """Raises the error of an op whose sizes the kernels do not take."""
+    raise BackendUnavailableError(f"vitq::{op} on {like.device.type}: backend cuda {why}; can: reference")
+
+
+def launch(name: str, like: Tensor, *arguments: object) -> None:
+    """Calls the launcher of that name (csrc/launchers.h) with tensors as pointers, on the stream in force."""
+    given = [pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+    if not like.is_cuda:
+        getattr(module(), name)(*given, None)
+        return
+    elsewhere = like.device.index != torch.cuda.current_device()
+    with torch.cuda.device(like.device) if elsewhere else contextlib.nullcontext():
+        getattr(module(), name)(*given, torch.cuda.current_stream(like.device).cuda_stream)

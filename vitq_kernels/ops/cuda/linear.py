@@ -1,0 +1,143 @@
+"""The linear ops on the CUDA kernel: each names what follows the sums; the launch is one function.
+
+The kernel is csrc/gemm_sm80.cuh, what follows csrc/epilogue.cuh, the choice of the tile ``tiles.py``. Signatures and
+numbers are those of ``ops/reference.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, launch, module, pointer
+from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Problem, choose
+from vitq_kernels.ops.mma_fragments import STEP_COLS, MmaFragments
+
+ALIGNMENT = 16  # bytes of a vector access: rows of ``a`` start at multiples of it
+CODES, GELU, REAL = range(3)  # launchers.h, Epilogue
+
+
+def linear_codes(
+    a: Tensor, weight: list[Tensor], multiplier: Tensor, bias_q: Tensor, zero_point: Tensor, bits: int
+) -> Tensor:
+    """``reference.linear_codes``."""
+    return _linear(a, weight, CODES, torch.int8, multiplier, bias_q=bias_q, zero_point=zero_point, bits=bits)
+
+
+def linear_gelu_codes(
+    a: Tensor,
+    weight: list[Tensor],
+    multiplier: Tensor,
+    bias_q: Tensor,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    approximate: str,
+) -> Tensor:
+    """``reference.linear_gelu_codes``."""
+    return _linear(
+        *(a, weight, GELU, torch.int8, multiplier),
+        bias_q=bias_q,
+        inv_scale=inv_scale,
+        zero_point=zero_point,
+        bits=bits,
+        tanh_form=approximate == "tanh",
+    )
+
+
+def linear_gelu_levels(
+    a: Tensor,
+    weight: list[Tensor],
+    multiplier: Tensor,
+    bias_q: Tensor,
+    inv_scale: Tensor,
+    thresholds: Tensor,
+    levels: Tensor,
+    approximate: str,
+) -> Tensor:
+    """``reference.linear_gelu_levels``."""
+    return _linear(
+        *(a, weight, GELU, torch.int8, multiplier),
+        bias_q=bias_q,
+        inv_scale=inv_scale,
+        thresholds=thresholds,
+        levels=levels,
+        tanh_form=approximate == "tanh",
+    )
+
+
+def linear_real(a: Tensor, weight: list[Tensor], multiplier: Tensor, bias_q: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``reference.linear_real``."""
+    return _linear(a, weight, REAL, out_dtype, multiplier, bias_q=bias_q)
+
+
+def linear_residual(a: Tensor, weight: list[Tensor], multiplier: Tensor, bias_q: Tensor, residual: Tensor) -> Tensor:
+    """``reference.linear_residual``."""
+    return _linear(a, weight, REAL, residual.dtype, multiplier, bias_q=bias_q, residual=residual)
+
+
+def linear_per_token(
+    a: Tensor,
+    token_scale: Tensor,
+    weight: list[Tensor],
+    multiplier: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``reference.linear_per_token``."""
+    return _linear(a, weight, REAL, out_dtype, multiplier, bias_q=bias, token_scale=token_scale)
+
+
+def _linear(
+    a: Tensor,
+    weight: list[Tensor],
+    kind: int,
+    out_dtype: torch.dtype,
+    multiplier: Tensor,
+    *,
+    bits: int = 8,
+    tanh_form: bool = False,
+    **vectors: Tensor | None,
+) -> Tensor:
+    """Chooses the tile and launches. ``vectors`` are those of EpilogueArguments (csrc/launchers.h) by name."""
+    w, n = MmaFragments.of(weight), multiplier.shape[0]
+    a2d, out = _rows(a), a.new_empty((*a.shape[:-1], n), dtype=out_dtype)
+    m, k = a2d.shape
+    gpu = gpu_of(a)
+    widest, ordered = w.present()[-1], w.order.shape[0] > 0
+    native4 = w.input_bits <= 4 and widest <= 4 and gpu.cc in NATIVE_4BIT
+    plan = choose(Problem(m, n, k, widest, ordered, native4), gpu)
+    partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.parts > 1 else None
+
+    # Held here until the launch: only their addresses are handed over.
+    given = {name: None if tensor is None else tensor.contiguous() for name, tensor in vectors.items()}
+    given["multiplier"] = multiplier.contiguous()
+    residual, levels = given.get("residual"), given.get("levels")
+    names = ("multiplier", "bias_q", "zero_point", "inv_scale", "thresholds", "levels", "residual", "token_scale")
+    epilogue = module().EpilogueArguments(
+        *(pointer(given.get(name)) for name in names),
+        0 if levels is None else levels.numel(),
+        1 if residual is None else max(1, residual.numel() // n),
+        bits,
+        tanh_form,
+        DTYPES.get(out_dtype, 0),
+    )
+    steps = -(-k // STEP_COLS)
+    arranged = module().LinearWeight(
+        *map(pointer, (w.chunks, w.groups, w.order if ordered else None)), w.groups.shape[0], steps, widest
+    )
+    sizes = (m, n, k)
+    launch(
+        "linear", a, a2d, a2d.stride(0), arranged, *sizes, epilogue, kind, plan.tile, native4, plan.parts, partial, out
+    )
+    return out
+
+
+def _rows(a: Tensor) -> Tensor:
+    """Codes [..., K] as rows that the kernel can read: at multiples of 16 bytes, padded with zeros where K is none."""
+    flat = a.reshape(-1, a.shape[-1])
+    if a.shape[-1] % ALIGNMENT:
+        return F.pad(flat, (0, -a.shape[-1] % ALIGNMENT))
+    flat = flat.contiguous()
+    return flat if flat.data_ptr() % ALIGNMENT == 0 else flat.clone()

@@ -1,0 +1,201 @@
+"""Which tile, and how many parts of K, a linear layer gets: the kernel's table, and a model that ranks it.
+
+``TILES`` is the table of csrc/gemm_sm80.cuh (a test compares them). The model, in clocks of one SM, for a tile of R
+rows and T tokens and steps of 64 columns:
+
+    mma   = R T 64 / rate                 ``rate`` products a clock of mma.sync, times what a loop reaches of it
+    load  = (R b/8 + T) 64 / l2           bytes from L2, ``l2`` a clock and SM
+    chain = FILL + steps max(mma, load) + R T EPILOGUE / 128               one block from start to end
+    time  = max(ceil(n/r) chain, n steps max(mma, load))                   n blocks an SM, r at a time
+
+plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop is hidden under
+mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL, EPILOGUE and
+the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+from vitq_kernels.ops.mma_fragments import CHUNK_BYTES, GROUP_ROWS, STEP_COLS
+
+FILL_CLOCKS = 1500  # vectors and first stages from memory
+EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
+LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
+NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
+WINDOW_ROWS = 256  # reordered rows stay in it, so the tile must hold it
+PARTS = (1, 2, 3, 4, 6, 8, 12)
+VECTOR_BYTES = 20  # a row of the tile: four vectors and the model row
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of the kernel's table."""
+
+    rows: int
+    tokens: int
+    threads: int
+    stages: int
+    blocks: int  # an SM that the registers leave room for
+
+    def stage_bytes(self, widest: int) -> int:
+        """Shared memory of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
+        return self.tokens * STEP_COLS + self.rows // GROUP_ROWS * widest * CHUNK_BYTES
+
+    def shared_bytes(self, widest: int) -> int:
+        """Shared memory of a block; outputs that are staged for reordering fit where the stages lay."""
+        return VECTOR_BYTES * self.rows + self.stages * self.stage_bytes(widest)
+
+
+TILES = (
+    Tile(256, 128, 256, 3, 1),
+    Tile(128, 128, 128, 3, 2),
+    Tile(256, 64, 128, 3, 2),
+    Tile(128, 64, 128, 4, 3),
+    Tile(256, 32, 128, 4, 3),
+    Tile(64, 64, 64, 4, 6),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of GPUs: sizes that are facts and rates that the model uses."""
+
+    cc: int  # the first compute capability of the class
+    shared_bytes: int  # a block may use
+    shared_per_sm: int
+    products: int  # int8 multiply-adds of mma.sync a clock and SM, dense peak
+    reached: float  # part of it that the loop is assumed to reach
+    l2_bytes: float  # a clock and SM; assumed
+    ghz: float
+
+
+# Ascending; a GPU belongs to the last class whose cc it reaches. Half of Hopper's peak is assumed for mma.sync.
+ARCHITECTURES = (
+    Architecture(80, 163 << 10, 164 << 10, 2048, 0.75, 32, 1.41),
+    Architecture(86, 99 << 10, 100 << 10, 1024, 0.75, 20, 1.7),
+    Architecture(89, 99 << 10, 100 << 10, 1024, 0.75, 20, 2.5),
+    Architecture(90, 227 << 10, 228 << 10, 2048, 0.9, 32, 1.755),
+    Architecture(100, 227 << 10, 228 << 10, 2048, 0.75, 32, 1.85),
+    Architecture(120, 99 << 10, 100 << 10, 1024, 0.75, 20, 2.4),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice must know of a GPU."""
+
+    cc: int  # compute capability, 80 for 8.0
+    sms: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear layer as the choice sees it."""
+
+    tokens: int
+    rows: int
+    cols: int
+    widest: int  # bits of the widest group
+    ordered: bool  # rows are stored in another order than the model's
+    native4: bool  # 4-bit products
+
+    @property
+    def steps(self) -> int:
+        """Steps of the kernel's loop."""
+        return -(-self.cols // STEP_COLS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is launched."""
+
+    tile: int  # in TILES
+    parts: int = 1  # of K
+
+    def __str__(self) -> str:
+        tile = TILES[self.tile]
+        parts = f", {self.parts} parts" if self.parts > 1 else ""
+        return f"{tile.rows} rows x {tile.tokens} tokens, {tile.threads // 32} warps, {tile.stages} stages{parts}"
+
+
+_forced: ContextVar[Plan | None] = ContextVar("vitq_cuda_plan", default=None)
+_asked: ContextVar[list[Problem] | None] = ContextVar("vitq_cuda_problems", default=None)
+
+
+@contextlib.contextmanager
+def forced(plan: Plan | None) -> Iterator[None]:
+    """Inside the ``with`` block every linear layer is launched so; None: as the model says."""
+    token = _forced.set(plan)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[list[Problem]]:
+    """Notes the problems of the linear layers that run inside the ``with`` block."""
+    problems: list[Problem] = []
+    token = _asked.set(problems)
+    try:
+        yield problems
+    finally:
+        _asked.reset(token)
+
+
+def choose(problem: Problem, gpu: Gpu) -> Plan:
+    """The forced plan, else the model's first."""
+    noted = _asked.get()
+    if noted is not None:
+        noted.append(problem)
+    return _forced.get() or _first(problem, gpu)
+
+
+@lru_cache(maxsize=4096)  # batches of many sizes
+def _first(problem: Problem, gpu: Gpu) -> Plan:
+    return rank(problem, gpu)[0][0]
+
+
+def architecture(gpu: Gpu) -> Architecture:
+    """The class that a GPU belongs to."""
+    return [a for a in ARCHITECTURES if a.cc <= max(gpu.cc, ARCHITECTURES[0].cc)][-1]
+
+
+def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
+    """Every tile that the layer and the GPU allow, with every useful number of parts."""
+    arch = architecture(gpu)
+    return [
+        Plan(number, parts)
+        for number, tile in enumerate(TILES)
+        if tile.shared_bytes(problem.widest) <= arch.shared_bytes and (tile.rows == WINDOW_ROWS or not problem.ordered)
+        for parts in PARTS
+        if parts == 1 or problem.steps >= 2 * parts  # a part keeps at least two steps to run through
+    ]
+
+
+def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
+    """Microseconds by the model at the head of this file."""
+    arch, tile = architecture(gpu), TILES[plan.tile]
+    rate = arch.products * arch.reached * (2 if problem.native4 else 1)
+    step = max(tile.rows * tile.tokens * STEP_COLS / rate, tile.stage_bytes(problem.widest) / arch.l2_bytes)
+    steps = -(-problem.steps // plan.parts)
+    chain = FILL_CLOCKS + steps * step + tile.rows * tile.tokens * EPILOGUE_INSTRUCTIONS / 128
+    blocks = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens) * plan.parts
+    each_sm = -(-blocks // gpu.sms)
+    resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
+    us = LAUNCH_US + max(math.ceil(each_sm / resident) * chain, each_sm * steps * step) / (1e3 * arch.ghz)
+    if plan.parts > 1:
+        sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
+        us += LAUNCH_US + sum_bytes / (gpu.sms * arch.l2_bytes * 1e3 * arch.ghz)
+    return us
+
+
+def rank(problem: Problem, gpu: Gpu) -> list[tuple[Plan, float]]:
+    """Legal plans and their estimates in microseconds, best first; of equals the first in the table."""
+    return sorted(((p, estimate_us(p, problem, gpu)) for p in candidates(problem, gpu)), key=lambda pair: pair[1])
