@@ -86,8 +86,8 @@ PYBIND11_MODULE(_cuda, module) {
     }
     return rows;
   });
-  module.def("gemm_shared_bytes", [](int tile, int widest, bool ordered, int kind) {
-    return vitq::gemm_shared_bytes(tile, widest, ordered, static_cast<vitq::Epilogue>(kind));
+  module.def("gemm_shared_bytes", [](int tile, int widest, bool staged, int kind) {
+    return vitq::gemm_shared_bytes(tile, widest, staged, static_cast<vitq::Epilogue>(kind));
   });
 
 #ifdef VITQ_EMULATION

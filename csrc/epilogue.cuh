@@ -33,6 +33,7 @@ __device__ __forceinline__ void load_vectors(const EpilogueArguments& with, int 
 // The level of t: levels[#{j : t >= thresholds[j]}], by halving.
 __device__ __forceinline__ uint32_t level_of(const EpilogueArguments& with, float t) {
   int below = 0;
+#pragma unroll 1
   for (int step = 128; step > 0; step >>= 1) {
     if (below + step < with.level_count && t >= with.thresholds[below + step - 1]) below += step;
   }

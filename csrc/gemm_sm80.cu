@@ -118,8 +118,8 @@ GemmTile gemm_tile(int index) {
   });
 }
 
-int gemm_shared_bytes(int index, int widest, bool ordered, Epilogue kind) {
-  return visit_tile(index, [&](auto tile) { return shared_bytes<decltype(tile)>(widest, ordered, staged_element(kind)); });
+int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind) {
+  return visit_tile(index, [&](auto tile) { return shared_bytes<decltype(tile)>(widest, staged, staged_element(kind)); });
 }
 
 }  // namespace vitq

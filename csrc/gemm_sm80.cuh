@@ -217,19 +217,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(const Gem
   }
 #undef VITQ_WIDTH
   const int shift = (kNative4 ? 4 : 8) - bits;
-  if constexpr (T::kRows == 4 * kGroupRows) {
-    if (with.weight.order != nullptr) {
-      store_ordered<kKind, T>(with, acc, vectors, stages, first_row, first_token, shift);
-      return;
-    }
+  const int lane = lane_index(), at = row_warp * kGroupRows + lane % 4 * 2 * kRun;
+  const int its_token = first_token + token_warp * T::kWarpTokens + lane / 4 * 2 * T::kTokenFragments;
+  Outputs<kKind, T> out;
+  finish<kKind, T>(with, acc, vectors, at, its_token, shift, out);
+  if (is_staged(with)) {
+    store_through_shared<kKind, T>(with, out, vectors + kVectors * T::kRows + at, stages, first_row, first_token);
+  } else {
+    store_direct<kKind, T>(with, out, first_row + at, its_token);
   }
-  store_direct<kKind, T>(with, acc, vectors, first_row, first_token, shift);
 }
 
 // Launches the kernel of a tile; one translation unit for each kind of epilogue keeps the build parallel.
 template <Epilogue kKind, bool kNative4, class T>
 void launch_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
-  const int bytes = shared_bytes<T>(with.weight.widest, with.weight.order != nullptr, staged_element(kKind));
+  const int bytes = shared_bytes<T>(with.weight.widest, is_staged(with), staged_element(kKind));
   const int64_t blocks = int64_t{(with.rows + T::kRows - 1) / T::kRows} * ((with.tokens + T::kTokens - 1) / T::kTokens);
   require(blocks < int64_t{1} << 31, "linear: too many tiles, " + std::to_string(blocks));
   require(with.weight.order == nullptr || T::kRows == 4 * kGroupRows, "linear: reordered rows need a tile of 256 rows");

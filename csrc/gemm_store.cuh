@@ -91,45 +91,63 @@ __device__ __forceinline__ void finish_run(const GemmArguments& with, const Accu
   rescale<kKind>(with.epilogue, vectors, scale, sums, word);
 }
 
-// Rows in the model's order: each lane stores its own 16 of each of its tokens.
+// A lane's outputs, rescaled: of each of its tokens codes of 16 rows, four a word, or 16 words.
 template <Epilogue kKind, class T>
-__device__ __forceinline__ void store_direct(const GemmArguments& with, const Accumulators<T::kTokenFragments>& acc,
-                                             const int32_t* vectors, int first_row, int tile_token, int shift) {
-  constexpr bool kBytes = staged_element(kKind) == 1;
-  constexpr int kOfLane = 2 * T::kTokenFragments;
-  const int lane = lane_index(), warp = warp_index();
-  const int at = warp / T::kTokenWarps * kGroupRows + lane % 4 * 2 * kRun, row = first_row + at;
-  const int first_token = tile_token + warp % T::kTokenWarps * T::kWarpTokens + lane / 4 * kOfLane;
-  if (row >= with.rows) return;
-  const bool vector = with.rows % (kBytes ? 16 : kRun) == 0;
-  uint32_t packed[kOfLane][4];  // codes of both runs: one store
+using Outputs = uint32_t[2 * T::kTokenFragments][staged_element(kKind) == 1 ? kRun / 2 : 2 * kRun];
+
+template <Epilogue kKind, class T>
+__device__ __forceinline__ void finish(const GemmArguments& with, const Accumulators<T::kTokenFragments>& acc,
+                                       const int32_t* vectors, int at, int first_token, int shift,
+                                       Outputs<kKind, T>& out) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     RunVectors run;
     if constexpr (kKind != Epilogue::kPartial) read_run<T>(vectors, at + half * kRun, run);
 #pragma unroll
-    for (int token = 0; token < kOfLane; ++token) {
+    for (int token = 0; token < 2 * T::kTokenFragments; ++token) {
       uint32_t word[kRun];
       finish_run<kKind, T>(with, acc, run, first_token, token, half, shift, word);
-      if (kBytes && vector) {
-        packed[token][2 * half] = pack_bytes(word[0], word[1], word[2], word[3]);
-        packed[token][2 * half + 1] = pack_bytes(word[4], word[5], word[6], word[7]);
-      } else if (first_token + token < with.tokens && row + half * kRun < with.rows) {
-        store_words<kKind>(with, word, first_token + token, row + half * kRun, vector);
+      if constexpr (staged_element(kKind) == 1) {
+        out[token][2 * half] = pack_bytes(word[0], word[1], word[2], word[3]);
+        out[token][2 * half + 1] = pack_bytes(word[4], word[5], word[6], word[7]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) out[token][half * kRun + i] = word[i];
       }
     }
   }
-  if (!kBytes || !vector) return;
+}
+
+// Rows in the model's order, and as many as whole stores take: each lane stores its own 16 of each of its tokens.
+template <Epilogue kKind, class T>
+__device__ __forceinline__ void store_direct(const GemmArguments& with, const Outputs<kKind, T>& out, int row,
+                                             int first_token) {
+  if (row >= with.rows) return;
 #pragma unroll
-  for (int token = 0; token < kOfLane; ++token) {
+  for (int token = 0; token < 2 * T::kTokenFragments; ++token) {
     if (first_token + token >= with.tokens) continue;
-    int8_t* target = static_cast<int8_t*>(with.out) + int64_t{first_token + token} * with.rows + row;
-    const uint32_t(&codes)[4] = packed[token];
-    *reinterpret_cast<uint4*>(target) = {codes[0], codes[1], codes[2], codes[3]};
+    if constexpr (staged_element(kKind) == 1) {
+      int8_t* target = static_cast<int8_t*>(with.out) + int64_t{first_token + token} * with.rows + row;
+      *reinterpret_cast<uint4*>(target) = {out[token][0], out[token][1], out[token][2], out[token][3]};
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t word[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) word[i] = out[token][half * kRun + i];
+        store_words<kKind>(with, word, first_token + token, row + half * kRun, true);
+      }
+    }
   }
 }
 
-// Reads back what store_ordered has staged of all rows of the tile: 8 times 4 tokens, kOfLane apart. A thread takes 8
+// Columns of a 4 x 4 block of bytes: byte `column` of each of four words.
+__device__ __forceinline__ uint32_t byte_column(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, int column) {
+  const uint32_t pair = column | (column + 4) << 4;
+  return permute_bytes(permute_bytes(w0, w1, pair), permute_bytes(w2, w3, pair), 0x5410);
+}
+
+// Reads back what store_through_shared has staged of all rows of the tile: 8 times 4 tokens, kOfLane apart. A thread takes 8
 // rows of 4 tokens.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_staged(const GemmArguments& with, const unsigned char* staged, int first_row,
@@ -153,16 +171,11 @@ __device__ __forceinline__ void store_staged(const GemmArguments& with, const un
       }
     }
     if constexpr (kElement == 1) {
-      // Columns of a 4 x 4 block of bytes, twice.
       uint2 codes[4];
 #pragma unroll
       for (int token = 0; token < 4; ++token) {
-        const uint32_t pair = token | (token + 4) << 4;
-        const auto column = [&](int i) {
-          return permute_bytes(permute_bytes(word[0][i], word[0][i + 1], pair),
-                               permute_bytes(word[0][i + 2], word[0][i + 3], pair), 0x5410);
-        };
-        codes[token] = {column(0), column(4)};
+        codes[token] = {byte_column(word[0][0], word[0][1], word[0][2], word[0][3], token),
+                        byte_column(word[0][4], word[0][5], word[0][6], word[0][7], token)};
       }
 #pragma unroll
       for (int token = 0; token < 4; ++token) {
@@ -189,54 +202,31 @@ __device__ __forceinline__ void store_staged(const GemmArguments& with, const un
   }
 }
 
-// Rows in another order: each lane puts 4 tokens at a time of its 16 rows where the rows belong, in shared memory.
+// Rows in another order, or of an odd number: each lane puts 4 tokens at a time of its 16 rows where the rows belong, in
+// shared memory.
 template <Epilogue kKind, class T>
-__device__ __forceinline__ void store_ordered(const GemmArguments& with, const Accumulators<T::kTokenFragments>& acc,
-                                              const int32_t* vectors, unsigned char* staged, int first_row,
-                                              int tile_token, int shift) {
+__device__ __forceinline__ void store_through_shared(const GemmArguments& with, const Outputs<kKind, T>& out,
+                                              const int32_t* row_of, unsigned char* staged, int first_row,
+                                              int tile_token) {
   constexpr int kElement = staged_element(kKind), kStride = staged_stride(kElement);
-  constexpr int kOfLane = 2 * T::kTokenFragments;
-  const int lane = lane_index(), warp = warp_index(), its_token_warp = warp % T::kTokenWarps;
-  const int at = warp / T::kTokenWarps * kGroupRows + lane % 4 * 2 * kRun;
-  const int first_token = tile_token + its_token_warp * T::kWarpTokens + lane / 4 * kOfLane;
-  uint32_t value[2 * kRun][kElement == 1 ? kOfLane / 4 : kOfLane];  // bytes: four tokens a word
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    RunVectors run;
-    if constexpr (kKind != Epilogue::kPartial) read_run<T>(vectors, at + half * kRun, run);
-#pragma unroll
-    for (int four = 0; four < kOfLane; four += 4) {
-      uint32_t word[4][kRun];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) finish_run<kKind, T>(with, acc, run, first_token, four + i, half, shift, word[i]);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if constexpr (kElement == 1) {
-          value[half * kRun + i][four / 4] = pack_bytes(word[0][i], word[1][i], word[2][i], word[3][i]);
-        } else {
-#pragma unroll
-          for (int token = 0; token < 4; ++token) value[half * kRun + i][four + token] = word[token][i];
-        }
-      }
-    }
-  }
+  const int lane = lane_index(), its_token_warp = warp_index() % T::kTokenWarps;
   // A pass takes 4 consecutive tokens of each of the 8 lanes that share rows; the lanes' own begin kOfLane apart.
 #pragma unroll
   for (int token_warp = 0; token_warp < T::kTokenWarps; ++token_warp) {
 #pragma unroll
-    for (int four = 0; four < kOfLane; four += 4) {
+    for (int four = 0; four < 2 * T::kTokenFragments; four += 4) {
       VITQ_BARRIER();  // what was staged before, or the pipeline's last stage, has been read
       if (its_token_warp == token_warp) {
 #pragma unroll
         for (int i = 0; i < 2 * kRun; ++i) {
-          const int row = vectors[kVectors * T::kRows + at + i];
+          const int row = row_of[i];
           if (row >= with.rows) continue;
           unsigned char* target = staged + (row - first_row) * kStride + lane / 4 * 4 * kElement;
           if constexpr (kElement == 1) {
-            *reinterpret_cast<uint32_t*>(target) = value[i][four / 4];
+            *reinterpret_cast<uint32_t*>(target) = byte_column(out[four][i / 4], out[four + 1][i / 4],
+                                                               out[four + 2][i / 4], out[four + 3][i / 4], i % 4);
           } else {
-            *reinterpret_cast<uint4*>(target) = {value[i][four], value[i][four + 1], value[i][four + 2],
-                                                 value[i][four + 3]};
+            *reinterpret_cast<uint4*>(target) = {out[four][i], out[four + 1][i], out[four + 2][i], out[four + 3][i]};
           }
         }
       }

@@ -55,8 +55,8 @@ __host__ __device__ constexpr int stage_bytes(int widest) {
   return T::kTokenBytes + T::kRowWarps * widest * kChunkBytes;
 }
 template <class T>
-__host__ __device__ constexpr int shared_bytes(int widest, bool ordered, int element) {
-  const int stages = T::kStages * stage_bytes<T>(widest), staged = ordered ? T::kRows * staged_stride(element) : 0;
+__host__ __device__ constexpr int shared_bytes(int widest, bool is_staged, int element) {
+  const int stages = T::kStages * stage_bytes<T>(widest), staged = is_staged ? T::kRows * staged_stride(element) : 0;
   return (kVectors + 1) * 4 * T::kRows + (stages > staged ? stages : staged);
 }
 
@@ -67,6 +67,11 @@ __device__ __forceinline__ int token_at(int place) {
   constexpr int kOfLane = 2 * T::kTokenFragments;
   const int in_warp = place % T::kWarpTokens;
   return place - in_warp + in_warp % 8 * kOfLane + in_warp / 8;
+}
+
+// Whether the outputs pass through shared memory: rows in another order than the model's, or an odd number of them.
+__host__ __device__ inline bool is_staged(const GemmArguments& with) {
+  return with.weight.order != nullptr || with.rows % (2 * kRun) != 0;
 }
 
 template <int kTokenFragments>

@@ -89,8 +89,8 @@ struct GemmTile {
 };
 constexpr int kGemmTiles = 6;
 GemmTile gemm_tile(int index);
-// Bytes of shared memory of a block.
-int gemm_shared_bytes(int index, int widest, bool ordered, Epilogue kind);
+// Bytes of shared memory of a block; staged: its outputs are (is_staged of gemm_tiles.cuh).
+int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);
 
 // a int8 [tokens, columns], rows `a_stride` bytes apart, both multiples of 16 and zero beyond K, to out [tokens, rows].
 // parts > 1: partial int32 [parts, tokens, rows] receives the sums, which a second kernel adds. native4: a holds codes

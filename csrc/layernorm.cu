@@ -4,9 +4,9 @@
 // Computes    y = x (+ residual, rounded to x's dtype);  n = (y - mean) * rstd * gain[k] + offset[k] (or y);
 //             code = clamp(rint(n)), or S5 of n with a scale a token.
 // Layouts     x, residual, y [rows, cols] row-major; gain, offset float32 [cols]; codes int8 [rows, cols].
-// Work split  A warp a row up to 2048 columns, sums by shuffles alone; 512 threads a row beyond, sums through shared
+// Work split  A warp a row up to 2048 columns, sums by shuffles alone; 256 threads a row beyond, sums through shared
 //             memory. A thread holds kRuns runs of 8 columns. One pass over memory.
-// Requires    At most 32768 columns. 16-byte accesses where cols is a multiple of 8 and the pointers are aligned.
+// Requires    At most 16384 columns. 16-byte accesses where cols is a multiple of 8 and the pointers are aligned.
 // Exactness   y and S5's codes of x exact; LayerNorm's codes bounded: float32, the mean subtracted twice.
 // Source      reference.layernorm, add_layernorm, layernorm_per_token, quantize_per_token.
 
@@ -18,7 +18,7 @@ namespace vitq {
 namespace {
 
 constexpr int kWarpsOfBlock = 4;  // of one-warp rows
-constexpr int kBlockRow = 512;    // threads of a long row
+constexpr int kBlockRow = 256;    // threads of a long row
 constexpr int kMostRuns = 8;      // a thread's: 64 registers of the row
 constexpr int kMostColumns = kBlockRow * kMostRuns * kRunOfRow;
 

@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t pack_bytes(uint32_t w0, uint32_t w1, uint32_
 __device__ __forceinline__ float gelu(float y, bool tanh_form) {
   if (tanh_form) {
     const float u = 0.7978845608028654f * fmaf(0.044715f * y * y, y, y);
-    return y / (1.0f + expf(-2.0f * u));
+    return divide_approximately(y, 1.0f + expf(-2.0f * u));
   }
   return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
 }

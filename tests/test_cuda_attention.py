@@ -14,7 +14,7 @@ from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, codes, integers, uniform
 from vitq_kernels.ops import BackendUnavailableError, reference
 from vitq_kernels.ops.cuda.attention import attention
-from vitq_kernels.ops.cuda.launch import module
+from vitq_kernels.ops.cuda.extension import module
 
 DIMS = (32, 48, 64, 72, 80, 96, 128, 1, 5, 33, 112)
 LENGTHS = (1, 15, 16, 17, 49, 64, 65, 128, 197, 208, 209, 256, 257, 321)

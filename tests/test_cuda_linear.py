@@ -15,7 +15,7 @@ from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close, codes, integers, uniform
 from tests.op_cases import CASES, weight_codes
 from vitq_kernels.ops.cuda import linear
-from vitq_kernels.ops.cuda.launch import module
+from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.tiles import TILES, WINDOW_ROWS, Gpu, Plan, Problem, asked, candidates, forced, rank
 from vitq_kernels.ops.mma_fragments import prepare_weight
 from vitq_kernels.packing import PackedWeight, pack_weight

@@ -32,6 +32,9 @@ def examine() -> dict[str, str]:
         findings["GPU"] = f"none: torch {'finds no usable driver or device' if built else 'is built without CUDA'}"
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for backend in BACKENDS.values():
+        state = backend.state()
+        if state is not None:
+            findings[f"{backend.name} extension"] = state
         for device in devices:
             reason = backend.why_not("linear_codes", device)
             findings[f"backend {backend.name} on {device}"] = "available" if reason is None else f"no: {reason}"

@@ -131,6 +131,8 @@ inline uint32_t dot_u8(uint32_t a, uint32_t b, uint32_t c) {
   return c;
 }
 
+inline float divide_approximately(float a, float b) { return a / b; }
+
 template <typename To, typename From>
 To same_bits(From x) {
   static_assert(sizeof(To) == sizeof(From));

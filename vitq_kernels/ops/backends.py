@@ -38,6 +38,15 @@ class Backend:
         except ImportError as error:
             raise BackendUnavailableError(f"backend {self.name} does not load: {error}") from error
 
+    def state(self) -> str | None:
+        """What there is to say of its compiled part, for ``vitq doctor``; None where it has none."""
+        try:
+            module = self.load()
+        except BackendUnavailableError:
+            return None  # why_not says why
+        found: str | None = module.state() if hasattr(module, "state") else None
+        return found
+
     def why_not(self, op: str, device: str) -> str | None:
         """Why this backend cannot run ``op`` on a device type, or None if it can."""
         if self.devices and device not in self.devices:

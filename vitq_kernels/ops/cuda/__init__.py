@@ -12,7 +12,8 @@ from functools import cache
 import torch
 
 from vitq_kernels.ops.cuda.attention import attention as attention
-from vitq_kernels.ops.cuda.launch import EMULATION_VARIABLE, emulated, module
+from vitq_kernels.ops.cuda.extension import EMULATION_VARIABLE, emulated, module
+from vitq_kernels.ops.cuda.extension import state as state
 from vitq_kernels.ops.cuda.layernorm import add_layernorm as add_layernorm
 from vitq_kernels.ops.cuda.layernorm import layernorm as layernorm
 from vitq_kernels.ops.cuda.layernorm import layernorm_per_token as layernorm_per_token
@@ -46,7 +47,7 @@ def gpu_reason() -> str | None:
     try:
         module()
     except ImportError as error:
-        return f"is not built: {error}"
+        return str(error)
     if not torch.cuda.is_available():
         return "finds no GPU"
     major, minor = torch.cuda.get_device_capability(0)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq_kernels.ops.cuda.launch import launch, module, pointer, refuse
+from vitq_kernels.ops.cuda.extension import module
+from vitq_kernels.ops.cuda.launch import launch, pointer, refuse
 
 LARGEST_D = 128
 LONGEST = 4096  # keys: o <= 4096 * 255 * 128 fits int32

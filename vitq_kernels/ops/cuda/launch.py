@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 from functools import cache
-from types import ModuleType
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from vitq_kernels.ops.backends import BackendUnavailableError
+from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.tiles import Gpu
 
-# Path of the extension built for a CPU with csrc/emulation, for tests: tensors then lie on the cpu.
-EMULATION_VARIABLE = "VITQ_CUDA_EMULATION"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # semantics.cuh, Real
-
-
-@cache
-def module() -> ModuleType:
-    """The extension, or its emulation where the environment names one."""
-    path = os.environ.get(EMULATION_VARIABLE)
-    if not path:
-        return importlib.import_module("vitq_kernels._cuda")
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{EMULATION_VARIABLE} must be the path of an extension module, got {path}")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def emulated() -> bool:
-    """Whether the kernels run on the CPU in this process."""
-    return bool(os.environ.get(EMULATION_VARIABLE))
 
 
 def gpu_of(tensor: Tensor) -> Gpu:

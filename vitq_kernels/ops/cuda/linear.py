@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, launch, module, pointer
+from vitq_kernels.ops.cuda.extension import module
+from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, launch, pointer
 from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Problem, choose
 from vitq_kernels.ops.mma_fragments import STEP_COLS, MmaFragments
 
