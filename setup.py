@@ -29,7 +29,7 @@ NVCC_FROM_PYPI = [f"nvidia-{name}==13.0.*" for name in PARTS]
 FLAGS = "-std=c++17 -O3 -fmad=false --threads 1 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 RULES = """
 rule compile
-  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  command = $nvcc $flags $python -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -129,11 +129,13 @@ class BuildCuda(build_ext):
 
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        includes = f"-I{CSRC.resolve()} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        # For the bindings alone: pip's isolated builds have pybind11 somewhere else each time.
+        python = f"  python = -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
         libraries = " ".join(f"-L{nvcc.parents[1] / name}" for name in ("lib64", "lib"))
         sources = [*sorted(CSRC.resolve().glob("*.cu")), CSRC.resolve() / "bindings.cpp"]
-        lines = [f"nvcc = {nvcc}", f"flags = {FLAGS} {gencode(architectures)} {includes}", f"libraries = {libraries}"]
-        lines += [RULES, *(f"build {source.stem}.o: compile {source}" for source in sources)]
+        flags = f"{FLAGS} {gencode(architectures)} -I{CSRC.resolve()}"
+        lines = [f"nvcc = {nvcc}", f"flags = {flags}", "python =", f"libraries = {libraries}"]
+        lines += [RULES, *(f"build {source.stem}.o: compile {source}" for source in sources), python]
         lines += [f"build {target}: link {' '.join(f'{source.stem}.o' for source in sources)}", f"default {target}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

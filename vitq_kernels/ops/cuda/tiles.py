@@ -5,7 +5,7 @@ rows and T tokens and steps of 64 columns:
 
     mma   = R T 64 / rate                 ``rate`` products a clock of mma.sync, times what a loop reaches of it
     load  = (R b/8 + T) 64 / l2           bytes from L2, ``l2`` a clock and SM
-    chain = FILL + steps max(mma, load) + R T EPILOGUE / 128               one block from start to end
+    chain = FILL + steps max(mma, load) + R T (EPILOGUE / 128 + REORDER)   one block from start to end
     time  = max(ceil(n/r) chain, n steps max(mma, load))                   n blocks an SM, r at a time
 
 plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop is hidden under
@@ -25,6 +25,7 @@ from vitq_kernels.ops.mma_fragments import CHUNK_BYTES, GROUP_ROWS, STEP_COLS
 
 FILL_CLOCKS = 1500  # vectors and first stages from memory
 EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
+REORDER_CLOCKS = 0.04  # an output that finds its row through shared memory (docs/cuda_cost_model.md)
 LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
 WINDOW_ROWS = 256  # reordered rows stay in it, so the tile must hold it
@@ -185,7 +186,8 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     rate = arch.products * arch.reached * (2 if problem.native4 else 1)
     step = max(tile.rows * tile.tokens * STEP_COLS / rate, tile.stage_bytes(problem.widest) / arch.l2_bytes)
     steps = -(-problem.steps // plan.parts)
-    chain = FILL_CLOCKS + steps * step + tile.rows * tile.tokens * EPILOGUE_INSTRUCTIONS / 128
+    output = EPILOGUE_INSTRUCTIONS / 128 + (REORDER_CLOCKS if problem.ordered else 0.0)
+    chain = FILL_CLOCKS + steps * step + tile.rows * tile.tokens * output
     blocks = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens) * plan.parts
     each_sm = -(-blocks // gpu.sms)
     resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))

@@ -1,0 +1,86 @@
+"""Registers, shared memory and theoretical occupancy of every compiled CUDA kernel.
+
+``python -m benchmarks.cuda_resources`` writes ``benchmarks/results/cuda_resources.csv`` from the built extension; no
+GPU is needed. Occupancy is what registers, shared memory and threads leave room for.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cuda_sass import ARCHITECTURES, extension_path, resources
+from vitq_kernels.ops.cuda.tiles import TILES, Tile
+
+RESULTS = Path(__file__).parent / "results" / "cuda_resources.csv"
+COLUMNS = (
+    *("kernel", "arch", "threads", "registers", "stack_bytes", "local_bytes"),
+    *("shared_bytes", "blocks_per_sm", "warps_per_sm", "limited_by"),
+)
+# Bytes of shared memory of an SM, warps it holds (CUDA programming guide, technical specifications per capability).
+LIMITS = {"sm_80": (164 << 10, 64), "sm_86": (100 << 10, 48), "sm_89": (100 << 10, 48), "sm_90a": (228 << 10, 64)}
+REGISTERS, MOST_BLOCKS, RESERVED_BYTES = 65536, 32, 1024  # of an SM; of a block, taken by the system
+ROW_THREADS = 256  # csrc/layernorm.cu, kBlockRow
+
+
+def launch_of(kernel: str) -> tuple[int, int]:
+    """Threads and bytes of dynamic shared memory of a block; of a GEMM at 8 bits, in order."""
+    tile = re.match(r"gemm_kernel<\w+, (s\d), (\d+)x(\d+)>", kernel)
+    if tile:
+        found: Tile = next(t for t in TILES if (t.rows, t.tokens) == (int(tile.group(2)), int(tile.group(3))))
+        return found.threads, found.shared_bytes(8 if tile.group(1) == "s8" else 4)
+    attention = re.match(r"attention_kernel<(\d), (\d)>", kernel)
+    if attention:
+        return 128, 3 * 64 * 32 * int(attention.group(1)) + 256  # two stages of keys, one of values, the levels
+    rows = re.match(r"row_kernel<(\d+), (\d+)>", kernel)
+    if rows and int(rows.group(1)) > 32:
+        return ROW_THREADS, 4 * (ROW_THREADS // 32) * 4
+    return 128, 0
+
+
+def occupancy(threads: int, registers: int, shared: int, arch: str) -> tuple[int, str]:
+    """Blocks that an SM holds at a time, and what limits them."""
+    shared_of_sm, warps_of_sm = LIMITS[arch]
+    warps = threads // 32
+    limits = {
+        "registers": REGISTERS // (warps * -(-registers * 32 // 256) * 256),  # allocated by 256 a warp
+        "shared memory": shared_of_sm // (shared + RESERVED_BYTES),
+        "warps": warps_of_sm // warps,
+        "blocks": MOST_BLOCKS,
+    }
+    least = min(limits, key=lambda name: limits[name])
+    return limits[least], least
+
+
+def rows(binary: Path) -> list[dict[str, Any]]:
+    """A row a kernel and architecture."""
+    found = []
+    for arch in ARCHITECTURES:
+        for kernel, (registers, stack, static, local) in sorted(resources(binary, arch).items()):
+            if arch == "sm_90a" and "s4" in kernel:
+                continue  # empty: Hopper has no 4-bit products, and nobody launches it there
+            threads, dynamic = launch_of(kernel)
+            blocks, limit = occupancy(threads, registers, static + dynamic, arch)
+            shared, warps = static + dynamic, blocks * threads // 32
+            row = (kernel, arch, threads, registers, stack, local, shared, blocks, warps, limit)
+            found.append(dict(zip(COLUMNS, row, strict=True)))
+    return found
+
+
+def main() -> None:
+    """Writes the table."""
+    binary = extension_path()
+    if binary is None:
+        sys.exit("vitq_kernels._cuda is not built")
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows(binary))
+    print(f"{RESULTS}: {len(rows(binary))} rows")
+
+
+if __name__ == "__main__":
+    main()

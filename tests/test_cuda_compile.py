@@ -1,0 +1,174 @@
+"""The compiled CUDA kernels: no spill, the products they are meant to have, wide accesses, and the committed tables."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_cost_model, cuda_resources
+from benchmarks.cuda_sass import ARCHITECTURES, Kernel, class_of, count, extension_path, kernels, parse, resources
+from vitq_kernels.ops.cuda.tiles import TILES
+
+LISTING = """
+	code for sm_80
+		Function : _ZN4vitq13finish_kernelILNS_8EpilogueE0EEEvNS_13GemmArgumentsEPKii
+        /*0000*/                   MOV R1, c[0x0][0x28] ;            /* 0x00 */
+                                                                     /* 0x00 */
+        /*0010*/              @!PT LDS RZ, [RZ] ;                    /* 0x00 */
+        /*0020*/                   LDS.128 R4, [R2+0x10] ;           /* 0x00 */
+        /*0030*/              @P0  IMMA.16832.S8.S8 R8, R4.ROW, R6.COL, R8 ;
+        /*0040*/                   LDGSTS.E.BYPASS.LTC128B.128 [R20], [R5.64], P4 ;
+        /*0050*/              @P1  BRA 0x20 ;
+        /*0060*/                   LDL.64 R4, [R1] ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_a_listing_is_read() -> None:
+    (kernel,) = parse(LISTING.splitlines(), "sm_80")
+    assert kernel.name == "finish_kernel<codes>"
+    assert [i.name for i in kernel.instructions[:3]] == ["MOV", "NOP", "LDS.128"]
+    first, last = kernel.loops()
+    assert count(first) == {"LDS.128": 1, "IMMA.16832": 1, "LDGSTS.128": 1, "other": 1}
+    assert len(last) == 1
+    assert local_accesses(kernel) == ["LDL.64"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("LDSM.16.M88.4", "LDSM.16"),
+        ("IMMA.16864.S4.S4", "IMMA.16864"),
+        ("STG.E.128", "STG.128"),
+        ("STG.E.U8", "STG"),
+        ("IADD3.X", "ALU"),
+        ("IMAD.MOV.U32", "FMA"),
+        ("BAR.SYNC", "other"),
+    ],
+)
+def test_classes(name: str, expected: str) -> None:
+    assert class_of(name) == expected
+
+
+def local_accesses(kernel: Kernel) -> list[str]:
+    return [i.name for i in kernel.instructions if i.name.startswith(("LDL", "STL"))]
+
+
+@pytest.fixture(scope="module")
+def binary() -> Path:
+    path = extension_path()
+    if path is None:
+        pytest.skip("cuda not built")
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(binary: Path) -> Callable[[str], list[Kernel]]:
+    """The kernels of an architecture, read once."""
+    found: dict[str, list[Kernel]] = {}
+
+    def of(arch: str) -> list[Kernel]:
+        if arch not in found:
+            found[arch] = list(kernels(binary, arch))
+        return found[arch]
+
+    return of
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_spills(binary: Path, arch: str) -> None:
+    found = resources(binary, arch)
+    assert {"attention_kernel<2, 4>", "gemm_kernel<codes, s8, 256x128>", "row_kernel<32, 3>"} <= found.keys()
+    assert len([name for name in found if name.startswith("gemm_kernel")]) == 4 * 2 * len(TILES)
+    assert {name: (stack, local) for name, (_, stack, _, local) in found.items() if stack or local} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_are_what_they_are_meant_to_be(compiled: Callable[[str], list[Kernel]], arch: str) -> None:
+    for kernel in compiled(arch):
+        names = Counter(instruction.name for instruction in kernel.instructions)
+        assert local_accesses(kernel) == [], kernel.name
+        products = {name for name in names if name.startswith(("IMMA", "HMMA"))}
+        if kernel.name.startswith("attention_kernel"):
+            assert products == {"IMMA.16832.S8.S8", "IMMA.16832.U8.S8"}, kernel.name
+        elif "s4" in kernel.name:
+            assert products == (set() if arch == "sm_90a" else {"IMMA.16864.S4.S4"}), kernel.name
+        else:
+            assert products == ({"IMMA.16832.S8.S8"} if "s8" in kernel.name else set()), kernel.name
+        if kernel.name.startswith("gemm_kernel") and products:
+            classes = count(kernel.instructions)
+            assert classes["STG.128"] >= 4, kernel.name
+            check_loops(kernel)
+        if kernel.name.startswith(("row_kernel", "quantize_kernel")):
+            assert count(kernel.instructions)["LDG.128"] >= 2, kernel.name
+
+
+def check_loops(kernel: Kernel) -> None:
+    """Each width has its loop, whose accesses to memory are all of 16 bytes a lane."""
+    loops = list(cuda_cost_model.main_loops(kernel))
+    widths = [2, 3, 4] if "s4" in kernel.name else [2, 3, 4, 5, 6, 7, 8]
+    assert sorted(map(cuda_cost_model.width, loops)) == widths, kernel.name
+    for body in loops:
+        narrow = [n for n in body if re.match(r"(LDS|STS|LDG|STG|LDGSTS)(\.64)?$", n)]
+        assert narrow == [], (kernel.name, body)
+
+
+def test_the_committed_resources_are_those_of_the_build(binary: Path) -> None:
+    with cuda_resources.RESULTS.open(encoding="utf-8") as file:
+        committed = list(csv.DictReader(file))
+    assert committed == [{k: str(v) for k, v in row.items()} for row in cuda_resources.rows(binary)]
+
+
+@pytest.mark.slow
+def test_the_committed_cost_model_is_that_of_the_build(compiled: Callable[[str], list[Kernel]]) -> None:
+    with cuda_cost_model.RESULTS.open(encoding="utf-8") as file:
+        committed = list(csv.DictReader(file))
+    made = [row for arch in ARCHITECTURES for row in cuda_cost_model.rows(compiled(arch))]
+    assert committed == [{k: str(v) for k, v in row.items()} for row in made]
+    assert cuda_cost_model.REPORT.read_text(encoding="utf-8") == cuda_cost_model.report(made)
+    large = [r for r in made if r["operands"] == "s8" and r["bits"] == 8 and r["tile"] in cuda_cost_model.SHOWN]
+    assert len(large) == len(ARCHITECTURES) * 3
+    assert all(row["next_pct"] < 90 for row in large)
+
+
+# --- bank conflicts, by the addresses of csrc/gemm_sm80.cuh (token_offset) and csrc/attention_sm80.cu (swizzled) -----
+
+
+def token_offset(token: int, chunk: int) -> int:
+    line = token // 2
+    return line * 128 + token % 2 * 64 + (chunk ^ (line & 3)) * 16
+
+
+def swizzled(row_bytes: int, row: int, chunk: int) -> int:
+    shift, mask = {128: (0, 7), 64: (1, 3)}.get(row_bytes, (2, 1))
+    return row * row_bytes + (chunk ^ (row >> shift & mask)) * 16
+
+
+def all_banks(addresses: list[int]) -> bool:
+    """Whether 16 bytes at each of 8 addresses, which are moved in one clock, lie in different banks."""
+    return len({address // 16 % 8 for address in addresses}) == len(addresses) == 8
+
+
+@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("first", [0, 8, 16, 56])
+def test_matrices_of_tokens_have_no_conflicts(first: int, chunk: int) -> None:
+    assert all_banks([token_offset(first + i, chunk) for i in range(8)])
+
+
+def test_copies_of_tokens_have_no_conflicts() -> None:
+    for thread in range(0, 256, 8):
+        assert all_banks([token_offset((thread + i) // 4, (thread + i) % 4) for i in range(8)])
+    assert sorted(token_offset(t, c) for t in range(128) for c in range(4)) == list(range(0, 128 * 64, 16))
+
+
+@pytest.mark.parametrize("row_bytes", [32, 64, 96, 128])
+def test_matrices_of_attention_have_no_conflicts(row_bytes: int) -> None:
+    chunks = range(row_bytes // 16)
+    assert all(all_banks([swizzled(row_bytes, 8 * f + n, c) for n in range(8)]) for f in range(8) for c in chunks)
+    assert sorted(swizzled(row_bytes, r, c) for r in range(64) for c in chunks) == list(range(0, 64 * row_bytes, 16))
