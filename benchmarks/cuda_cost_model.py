@@ -1,6 +1,6 @@
 """A static cost model of the GEMM's loops from their SASS: ``python -m benchmarks.cuda_cost_model``.
 
-Writes ``benchmarks/results/cuda_cost_model.csv`` and ``docs/cuda_cost_model.md``. Per step of 64 columns of a block, the
+Writes ``benchmarks/results/cuda_cost_model.csv`` and ``docs/cuda_cost_model.md``: per step of 64 columns of a block the
 clocks that each pipe of an SM is busy, as if nothing but it set the pace. No GPU is needed, none has confirmed it.
 Rates (CUDA programming guide, throughput of native arithmetic instructions; data sheets for the tensor cores):
 

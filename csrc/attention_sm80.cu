@@ -1,17 +1,18 @@
 // Log2-quantized softmax attention in integers (S4) for sm_80 and later: two tensor-core products, codes in between in
 // registers.
 //
-// Computes    acc = q k^T (+ bias); code = min(rint(f32(max - acc) * kappa), levels - 1); Z and o are sums of levels and
-//             of levels times v; out = requantise(o, multiplier / Z). With inv_tau, codes of the normalised probability.
+// Computes    acc = q k^T (+ bias); code = min(rint(f32(max - acc) * kappa), levels - 1); Z and o are sums of levels
+//             and of levels times v; out = requantise(o, multiplier / Z). With inv_tau, codes of the normalised
+//             probability.
 // Layouts     q, k, v int8 by strides, dim contiguous, 16-byte aligned; out int8 [batch, sequence, heads * dim].
 // Work split  A block has 4 warps of 16 queries of one head; they share tiles of 64 keys and values in shared memory. A
 //             warp without queries only copies.
 // Passes      Up to 256 keys all scores of a warp's rows stay in registers: one pass over k, one over v. Beyond, a pass
 //             for the maximum, one for Z where it is normalised, and one for codes and v.
-// Key order   Row 8 f + n of a tile in shared memory is key 16 (f / 2) + 4 (n / 2) + 2 (f % 2) + n % 2: so a lane's scores
-//             are of 4 consecutive keys, whose levels are the very register that the second product asks for.
-// Values      v is transposed on its way into shared memory, 4 x 4 bytes at a time; its columns are ordered so that a lane
-//             ends with dim / 4 consecutive ones.
+// Key order   Row 8 f + n of a tile in shared memory is key 16 (f / 2) + 4 (n / 2) + 2 (f % 2) + n % 2: so a lane's
+//             scores are of 4 consecutive keys, whose levels are the very register that the second product asks for.
+// Values      v is transposed on its way into shared memory, 4 x 4 bytes at a time; its columns are ordered so that a
+//             lane ends with dim / 4 consecutive ones.
 // Exactness   Exact. |acc| <= 2^21 + 2^29, o <= 4096 * 255 * 128 < 2^31.
 // Source      design.md S4, kernels.md 3.4; reference.attention; fragment layouts: PTX ISA 9.7.14.5.
 
@@ -24,10 +25,10 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kQueries = 16 * kWarps;
-constexpr int kKeys = 64;                // of a tile
-constexpr int kPairs = kKeys / 16;       // of fragments of 8 keys
-constexpr int kMostKeys = 4096;          // o fits int32
-constexpr int kMasked = -(1 << 30);      // below every score, and no distance from it overflows
+constexpr int kKeys = 64;            // of a tile
+constexpr int kPairs = kKeys / 16;   // of fragments of 8 keys
+constexpr int kMostKeys = 4096;      // o fits int32
+constexpr int kMasked = -(1 << 30);  // below every score, and no distance from it overflows
 constexpr int kTableBytes = 256;
 
 struct Arguments {
@@ -203,7 +204,8 @@ struct Attention {
 
   // Levels of a tile's scores, four keys a word, and their sums.
   __device__ __forceinline__ void code(int tile, const int32_t (&acc)[2 * kPairs][4], const int32_t (&top)[2],
-                                       const Coding (&coding)[2], uint32_t (&level)[kPairs][2], int32_t (&total)[2]) const {
+                                       const Coding (&coding)[2], uint32_t (&level)[kPairs][2],
+                                       int32_t (&total)[2]) const {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       level[p][0] = level[p][1] = 0;
@@ -257,9 +259,10 @@ struct Attention {
       for (int c = 0; c < 8; ++c) {
         const uint32_t pair = c % 4 | (c % 4 + 4) << 4;
         const auto word = [&](int i) { return c < 4 ? raw[u][i].x : raw[u][i].y; };
-        const uint32_t column = permute_bytes(permute_bytes(word(0), word(1), pair),
-                                              permute_bytes(word(2), word(3), pair), 0x5410);
-        *reinterpret_cast<uint32_t*>(target + swizzled<kKeys>(value_row(channel + c), quad / 4) + quad % 4 * 4) = column;
+        const uint32_t column =
+            permute_bytes(permute_bytes(word(0), word(1), pair), permute_bytes(word(2), word(3), pair), 0x5410);
+        *reinterpret_cast<uint32_t*>(target + swizzled<kKeys>(value_row(channel + c), quad / 4) + quad % 4 * 4) =
+            column;
       }
     }
   }
@@ -353,10 +356,11 @@ struct Attention {
     }
   }
 
-  // The second product with a tile. `levels_of_tile` gives its levels, and in doing so brings all warps past the values of
-  // the tile before.
+  // The second product with a tile. `levels_of_tile` gives its levels, and in doing so brings all warps past the values
+  // of the tile before.
   template <class LevelsOfTile>
-  __device__ __forceinline__ void weigh(int tile, int32_t (&o)[kValueFragments][4], const LevelsOfTile& levels_of_tile) {
+  __device__ __forceinline__ void weigh(int tile, int32_t (&o)[kValueFragments][4],
+                                        const LevelsOfTile& levels_of_tile) {
     uint2 raw[kValueUnits][4];
     load_values(tile, raw);
     uint32_t level[kPairs][2];
@@ -399,7 +403,7 @@ struct Attention {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         if (tile >= tiles) continue;
-        weigh(tile, o, [&](uint32_t(&level)[kPairs][2]) {
+        weigh(tile, o, [&](uint32_t (&level)[kPairs][2]) {
           if (active) code(tile, acc[tile], top, coding, level, sums);
           VITQ_BARRIER();  // all warps have left the values of the tile before
         });
@@ -431,7 +435,7 @@ struct Attention {
       }
       int32_t sums[2] = {0, 0};
       for (int tile = 0; tile < tiles; ++tile) {
-        weigh(tile, o, [&](uint32_t(&level)[kPairs][2]) {
+        weigh(tile, o, [&](uint32_t (&level)[kPairs][2]) {
           next_keys(tile + 1 < tiles ? tile + 1 : -1);
           if (active) {
             score(tile, acc);
@@ -487,13 +491,17 @@ void attention(AttentionOperand q, AttentionOperand k, AttentionOperand v, const
             "attention: q, k and v must be aligned to 16 bytes");
   }
   if (batch == 0 || heads == 0 || sequence == 0) return;
-  const Arguments with{q,    k,       v,   kappa,  levels,   level_count, multiplier, zero_point, bias_q, inv_tau,
-                       out,  heads,   sequence, dim, padded_dim, bits};
+  const Arguments with{q,      k,       v,   kappa, levels,   level_count, multiplier, zero_point,
+                       bias_q, inv_tau, out, heads, sequence, dim,         padded_dim, bits};
   switch ((padded_dim + 31) / 32) {
-    case 1: return launch_dim<1>(with, batch, stream);
-    case 2: return launch_dim<2>(with, batch, stream);
-    case 3: return launch_dim<3>(with, batch, stream);
-    case 4: return launch_dim<4>(with, batch, stream);
+    case 1:
+      return launch_dim<1>(with, batch, stream);
+    case 2:
+      return launch_dim<2>(with, batch, stream);
+    case 3:
+      return launch_dim<3>(with, batch, stream);
+    case 4:
+      return launch_dim<4>(with, batch, stream);
   }
 }
 

@@ -39,9 +39,8 @@ struct Wire<T*> {
 // takes microseconds.
 template <typename... Arguments>
 void define(py::module_& module, const char* name, void (*launcher)(Arguments...)) {
-  module.def(name, [launcher](typename Wire<Arguments>::type... values) {
-    launcher(Wire<Arguments>::cross(values)...);
-  });
+  module.def(name,
+             [launcher](typename Wire<Arguments>::type... values) { launcher(Wire<Arguments>::cross(values)...); });
 }
 
 }  // namespace
@@ -64,17 +63,25 @@ PYBIND11_MODULE(_cuda, module) {
   using Address = std::optional<uintptr_t>;
   py::class_<vitq::LinearWeight>(module, "LinearWeight")
       .def(py::init([](Address chunks, Address groups, Address order, int group_count, int steps, int widest) {
-        return vitq::LinearWeight{at<const uint8_t>(chunks), at<const int32_t>(groups), at<const int32_t>(order),
-                                  group_count, steps, widest};
+        return vitq::LinearWeight{
+            at<const uint8_t>(chunks), at<const int32_t>(groups), at<const int32_t>(order), group_count, steps, widest};
       }));
   py::class_<vitq::EpilogueArguments>(module, "EpilogueArguments")
       .def(py::init([](Address multiplier, Address bias_q, Address zero_point, Address inv_scale, Address thresholds,
                        Address levels, Address residual, Address token_scale, int level_count, int residual_rows,
                        int bits, bool tanh_form, int real_dtype) {
-        return vitq::EpilogueArguments{at<const float>(multiplier), at<const int32_t>(bias_q),
-                                       at<const int32_t>(zero_point), at<const float>(inv_scale),
-                                       at<const float>(thresholds), at<const int8_t>(levels), at<const void>(residual),
-                                       at<const float>(token_scale), level_count, residual_rows, bits, tanh_form,
+        return vitq::EpilogueArguments{at<const float>(multiplier),
+                                       at<const int32_t>(bias_q),
+                                       at<const int32_t>(zero_point),
+                                       at<const float>(inv_scale),
+                                       at<const float>(thresholds),
+                                       at<const int8_t>(levels),
+                                       at<const void>(residual),
+                                       at<const float>(token_scale),
+                                       level_count,
+                                       residual_rows,
+                                       bits,
+                                       tanh_form,
                                        real_dtype};
       }));
   define(module, "linear", &vitq::linear);

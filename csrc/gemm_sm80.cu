@@ -70,8 +70,8 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
               std::to_string(a_stride));
   require(weight.steps * kStepColumns >= columns && weight.group_count * kGroupRows >= rows,
           "linear: the weight is smaller than its rows and columns");
-  require(1 <= parts && parts <= weight.steps, "linear: parts must be in 1.." + std::to_string(weight.steps) +
-                                                   ", got " + std::to_string(parts));
+  require(1 <= parts && parts <= weight.steps,
+          "linear: parts must be in 1.." + std::to_string(weight.steps) + ", got " + std::to_string(parts));
   require(parts == 1 || partial != nullptr, "linear: several parts need room for their sums");
   require(!native4 || weight.widest <= 4, "linear: 4-bit products need weights of at most 4 bits");
   if (tokens == 0) return;
@@ -83,9 +83,9 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
     with.out = out;
   }
   switch (how) {
-#define VITQ_KIND(name)                                                                            \
-  case Epilogue::name:                                                                             \
-    return parts > 1 ? launch_finish<Epilogue::name>(with, partial, parts, stream)                 \
+#define VITQ_KIND(name)                                                            \
+  case Epilogue::name:                                                             \
+    return parts > 1 ? launch_finish<Epilogue::name>(with, partial, parts, stream) \
                      : launch_gemm<Epilogue::name>(with, tile, native4, parts, stream);
     VITQ_KIND(kCodes)
     VITQ_KIND(kGelu)
@@ -96,10 +96,10 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
   }
 }
 
-#define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks)                             \
-  case index: {                                                                                             \
-    using T = Tile<row_warps, token_warps, fragments, stages, blocks>;                                      \
-    return visit(T());                                                                                      \
+#define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks) \
+  case index: {                                                                 \
+    using T = Tile<row_warps, token_warps, fragments, stages, blocks>;          \
+    return visit(T());                                                          \
   }
 
 template <class Visit>
@@ -119,7 +119,8 @@ GemmTile gemm_tile(int index) {
 }
 
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind) {
-  return visit_tile(index, [&](auto tile) { return shared_bytes<decltype(tile)>(widest, staged, staged_element(kind)); });
+  return visit_tile(index,
+                    [&](auto tile) { return shared_bytes<decltype(tile)>(widest, staged, staged_element(kind)); });
 }
 
 }  // namespace vitq

@@ -1,8 +1,8 @@
 // Linear layers on packed weights for sm_80 and later: int8 (or native 4-bit) tensor-core products, cp.async pipeline.
 //
 // Computes    acc[t, n] = sum_k a[t, k] * w[n, k], then an epilogue of epilogue.cuh.
-// Layouts     a int8 [tokens, K], rows at multiples of 16 bytes; weights as weights.cuh says, groups of 64 rows, each of
-//             its own width; out [tokens, N] row-major, in the model's row order.
+// Layouts     a int8 [tokens, K], rows at multiples of 16 bytes; weights as weights.cuh says, groups of 64 rows, each
+//             of its own width; out [tokens, N] row-major, in the model's row order.
 // Work split  A block computes a tile of row_warps * 64 rows times token_warps * kTokenFragments * 16 tokens; a warp 64
 //             rows (one group) times its tokens. Tokens are the M operand of the mma, weights the N operand. Blocks run
 //             over the tiles of rows first, which share the tokens in L2. grid.z: parts of K, whose sums
@@ -11,8 +11,8 @@
 //             of 128 bytes, two tokens a line, the 16-byte chunk c of line l at chunk c ^ (l % 4): ldmatrix and the
 //             copies are free of bank conflicts. Weights lie as in global memory: a lane reads back its own 16 bytes.
 // Row order   A lane ends with 16 consecutive stored rows of consecutive tokens: 16-byte stores of codes, no exchange.
-//             Where groups of several widths reorder the rows of a window of 256, the tile is the window and its outputs
-//             pass through shared memory (gemm_store.cuh).
+//             Where groups of several widths reorder the rows of a window of 256, the tile is the window and its
+//             outputs pass through shared memory (gemm_store.cuh).
 // Widths      Warps of a tile run the loop of their own group's width, in step through the barriers: a tile takes as
 //             long as its widest group.
 // Exactness   int32 sums are exact: |a * w * 2^(8 - bits)| <= 2^14, K < 2^17.
@@ -41,7 +41,7 @@ struct Pipeline {
   int token_target, group_target;           // bytes from the stage
   const int8_t* token_source;               // 16 bytes of the first of its tokens
   int token_stride;
-  const uint8_t* group_source;              // 16 bytes of its warp's group
+  const uint8_t* group_source;  // 16 bytes of its warp's group
   int tokens_left, columns, token_warp;
 
   __device__ __forceinline__ Pipeline(const GemmArguments& with, unsigned char* shared, int first_step, int end_step,
@@ -245,24 +245,25 @@ void launch_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
 template <Epilogue kKind>
 void launch_gemm(const GemmArguments& with, int tile, bool native4, int parts, cudaStream_t stream);
 
-#define VITQ_GEMM_CASE(index, row_warps, token_warps, fragments, stages, blocks)                        \
-  case index:                                                                                           \
-    if (native4) {                                                                                      \
+#define VITQ_GEMM_CASE(index, row_warps, token_warps, fragments, stages, blocks)                               \
+  case index:                                                                                                  \
+    if (native4) {                                                                                             \
       launch_tile<kKind, true, Tile<row_warps, token_warps, fragments, stages, blocks>>(with, parts, stream);  \
-    } else {                                                                                            \
+    } else {                                                                                                   \
       launch_tile<kKind, false, Tile<row_warps, token_warps, fragments, stages, blocks>>(with, parts, stream); \
-    }                                                                                                   \
+    }                                                                                                          \
     break;
 
 // Defines launch_gemm of one kind.
-#define VITQ_DEFINE_GEMM(kind)                                                                             \
-  template <>                                                                                              \
+#define VITQ_DEFINE_GEMM(kind)                                                                                \
+  template <>                                                                                                 \
   void launch_gemm<kind>(const GemmArguments& with, int tile, bool native4, int parts, cudaStream_t stream) { \
-    constexpr Epilogue kKind = kind;                                                                       \
-    switch (tile) {                                                                                        \
-      VITQ_GEMM_TILES(VITQ_GEMM_CASE)                                                                      \
-      default: require(false, "linear: no tile " + std::to_string(tile));                                  \
-    }                                                                                                      \
+    constexpr Epilogue kKind = kind;                                                                          \
+    switch (tile) {                                                                                           \
+      VITQ_GEMM_TILES(VITQ_GEMM_CASE)                                                                         \
+      default:                                                                                                \
+        require(false, "linear: no tile " + std::to_string(tile));                                            \
+    }                                                                                                         \
   }
 
 }  // namespace vitq

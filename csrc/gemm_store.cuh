@@ -11,7 +11,8 @@ __device__ __forceinline__ void stage_vectors(const GemmArguments& with, int fir
   for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
     const int stored = first_row + i;
     int row = stored;
-    if (with.weight.order != nullptr) row = stored < kGroupRows * with.weight.group_count ? with.weight.order[stored] : with.rows;
+    if (with.weight.order != nullptr)
+      row = stored < kGroupRows * with.weight.group_count ? with.weight.order[stored] : with.rows;
     shared[kVectors * T::kRows + i] = row;
     if constexpr (kKind != Epilogue::kPartial) {
       float multiplier, zero, inv_scale;
@@ -147,8 +148,8 @@ __device__ __forceinline__ uint32_t byte_column(uint32_t w0, uint32_t w1, uint32
   return permute_bytes(permute_bytes(w0, w1, pair), permute_bytes(w2, w3, pair), 0x5410);
 }
 
-// Reads back what store_through_shared has staged of all rows of the tile: 8 times 4 tokens, kOfLane apart. A thread takes 8
-// rows of 4 tokens.
+// Reads back what store_through_shared has staged of all rows of the tile: 8 times 4 tokens, kOfLane apart. A thread
+// takes 8 rows of 4 tokens.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_staged(const GemmArguments& with, const unsigned char* staged, int first_row,
                                              int first_token) {
@@ -202,12 +203,12 @@ __device__ __forceinline__ void store_staged(const GemmArguments& with, const un
   }
 }
 
-// Rows in another order, or of an odd number: each lane puts 4 tokens at a time of its 16 rows where the rows belong, in
-// shared memory.
+// Rows in another order, or of an odd number: each lane puts 4 tokens at a time of its 16 rows where the rows belong,
+// in shared memory.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_through_shared(const GemmArguments& with, const Outputs<kKind, T>& out,
-                                              const int32_t* row_of, unsigned char* staged, int first_row,
-                                              int tile_token) {
+                                                     const int32_t* row_of, unsigned char* staged, int first_row,
+                                                     int tile_token) {
   constexpr int kElement = staged_element(kKind), kStride = staged_stride(kElement);
   const int lane = lane_index(), its_token_warp = warp_index() % T::kTokenWarps;
   // A pass takes 4 consecutive tokens of each of the 8 lanes that share rows; the lanes' own begin kOfLane apart.
@@ -223,8 +224,8 @@ __device__ __forceinline__ void store_through_shared(const GemmArguments& with, 
           if (row >= with.rows) continue;
           unsigned char* target = staged + (row - first_row) * kStride + lane / 4 * 4 * kElement;
           if constexpr (kElement == 1) {
-            *reinterpret_cast<uint32_t*>(target) = byte_column(out[four][i / 4], out[four + 1][i / 4],
-                                                               out[four + 2][i / 4], out[four + 3][i / 4], i % 4);
+            *reinterpret_cast<uint32_t*>(target) =
+                byte_column(out[four][i / 4], out[four + 1][i / 4], out[four + 2][i / 4], out[four + 3][i / 4], i % 4);
           } else {
             *reinterpret_cast<uint4*>(target) = {out[four][i], out[four + 1][i], out[four + 2][i], out[four + 3][i]};
           }

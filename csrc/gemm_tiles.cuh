@@ -44,10 +44,12 @@ __host__ __device__ constexpr int staged_element(Epilogue kind) {
   return kind == Epilogue::kCodes || kind == Epilogue::kGelu ? 1 : 4;
 }
 
-// Outputs that are reordered pass through shared memory row by row, 32 tokens of a row at a time. An odd number of words
-// a row where elements are bytes, four words more where they are words: what reads it back has no bank conflict.
+// Outputs that are reordered pass through shared memory row by row, 32 tokens of a row at a time. An odd number of
+// words a row where elements are bytes, four words more where they are words: what reads it back has no bank conflict.
 constexpr int kStagedTokens = 32;
-__host__ __device__ constexpr int staged_stride(int element) { return kStagedTokens * element + (element == 1 ? 4 : 16); }
+__host__ __device__ constexpr int staged_stride(int element) {
+  return kStagedTokens * element + (element == 1 ? 4 : 16);
+}
 
 // Bytes of a stage and of the whole shared memory of a block: vectors, then stages or, after them, staged outputs.
 template <class T>
@@ -60,8 +62,8 @@ __host__ __device__ constexpr int shared_bytes(int widest, bool is_staged, int e
   return (kVectors + 1) * 4 * T::kRows + (stages > staged ? stages : staged);
 }
 
-// Fragment row `place` (0 .. kTokens - 1, as shared memory and the mma have them) holds this token of the tile: a lane's
-// rows g, g + 8, g + 16, ... of its warp are consecutive tokens.
+// Fragment row `place` (0 .. kTokens - 1, as shared memory and the mma have them) holds this token of the tile: a
+// lane's rows g, g + 8, g + 16, ... of its warp are consecutive tokens.
 template <class T>
 __device__ __forceinline__ int token_at(int place) {
   constexpr int kOfLane = 2 * T::kTokenFragments;

@@ -34,10 +34,11 @@ void quantize_per_token(const void* x, int dtype, int8_t* codes, float* scale, i
 void layernorm(const void* x, int dtype, const void* residual, void* y, const float* gain, const float* offset,
                int8_t* codes, float* scale, int64_t rows, int cols, float eps, int bits, cudaStream_t stream);
 
-// q, k, v int8 [batch, heads, sequence, padded_dim] by strides in bytes of batch, head and position (channels contiguous,
-// zero from dim on; all multiples of 16) to codes int8 [batch, sequence, heads * dim], contiguous. kappa float32 [heads], levels uint8 [heads, level_count],
-// multiplier float32 [heads, dim], zero_point int32 [heads, dim]; bias_q int32 by strides in elements of batch, head,
-// query and key (0 where it broadcasts), or null; inv_tau float32 [heads], or null.
+// q, k, v int8 [batch, heads, sequence, padded_dim] by strides in bytes of batch, head and position (channels
+// contiguous, zero from dim on; all multiples of 16) to codes int8 [batch, sequence, heads * dim], contiguous. kappa
+// float32 [heads], levels uint8 [heads, level_count], multiplier float32 [heads, dim], zero_point int32 [heads, dim];
+// bias_q int32 by strides in elements of batch, head, query and key (0 where it broadcasts), or null; inv_tau float32
+// [heads], or null.
 struct AttentionOperand {
   const int8_t* data;
   int64_t batch, head, position;
@@ -48,8 +49,8 @@ struct AttentionBias {
 };
 void attention(AttentionOperand q, AttentionOperand k, AttentionOperand v, const float* kappa, const uint8_t* levels,
                int level_count, const float* multiplier, const int32_t* zero_point, AttentionBias bias_q,
-               const float* inv_tau, int8_t* out, int batch, int heads, int sequence, int dim, int padded_dim,
-               int bits, cudaStream_t stream);
+               const float* inv_tau, int8_t* out, int batch, int heads, int sequence, int dim, int padded_dim, int bits,
+               cudaStream_t stream);
 
 // What follows the sum of a linear layer.
 enum class Epilogue : int {
@@ -62,13 +63,13 @@ enum class Epilogue : int {
 // What the epilogues read: vectors over the N rows unless another size is given; null where unused.
 struct EpilogueArguments {
   const float* multiplier;
-  const int32_t* bias_q;     // kReal with token_scale: the bits of float32, or null
-  const int32_t* zero_point; // codes
-  const float* inv_scale;    // kGelu
-  const float* thresholds;   // [level_count - 1], ascending
-  const int8_t* levels;      // [level_count]; null: codes
-  const void* residual;      // [residual_rows, N] in the output's dtype: token t adds row t % residual_rows
-  const float* token_scale;  // [tokens]
+  const int32_t* bias_q;      // kReal with token_scale: the bits of float32, or null
+  const int32_t* zero_point;  // codes
+  const float* inv_scale;     // kGelu
+  const float* thresholds;    // [level_count - 1], ascending
+  const int8_t* levels;       // [level_count]; null: codes
+  const void* residual;       // [residual_rows, N] in the output's dtype: token t adds row t % residual_rows
+  const float* token_scale;   // [tokens]
   int level_count, residual_rows;
   int bits;        // of the codes
   bool tanh_form;  // of GELU

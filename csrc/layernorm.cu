@@ -1,5 +1,5 @@
-// Whole rows in registers: LayerNorm straight to codes (S3), with the residual before it or a token's scale after it, and
-// codes with a scale a token without a norm (S5).
+// Whole rows in registers: LayerNorm straight to codes (S3), with the residual before it or a token's scale after it,
+// and codes with a scale a token without a norm (S5).
 //
 // Computes    y = x (+ residual, rounded to x's dtype);  n = (y - mean) * rstd * gain[k] + offset[k] (or y);
 //             code = clamp(rint(n)), or S5 of n with a scale a token.
@@ -158,14 +158,21 @@ void launch_rows(RowArguments with, cudaStream_t stream) {
   const int runs = (with.cols + kRunOfRow - 1) / kRunOfRow;
   const int of_warp = (runs + 31) / 32, of_block = (runs + kBlockRow - 1) / kBlockRow;
   switch (of_warp) {
-    case 1: return launch<32, 1>(with, stream);
-    case 2: return launch<32, 2>(with, stream);
-    case 3: return launch<32, 3>(with, stream);
-    case 4: return launch<32, 4>(with, stream);
-    case 5: return launch<32, 5>(with, stream);
-    case 6: return launch<32, 6>(with, stream);
+    case 1:
+      return launch<32, 1>(with, stream);
+    case 2:
+      return launch<32, 2>(with, stream);
+    case 3:
+      return launch<32, 3>(with, stream);
+    case 4:
+      return launch<32, 4>(with, stream);
+    case 5:
+      return launch<32, 5>(with, stream);
+    case 6:
+      return launch<32, 6>(with, stream);
     case 7:
-    case 8: return launch<32, 8>(with, stream);
+    case 8:
+      return launch<32, 8>(with, stream);
   }
   if (of_block <= 2) return launch<kBlockRow, 2>(with, stream);
   if (of_block <= 4) return launch<kBlockRow, 4>(with, stream);
@@ -183,9 +190,9 @@ void layernorm(const void* x, int dtype, const void* residual, void* y, const fl
 
 void quantize_per_token(const void* x, int dtype, int8_t* codes, float* scale, int64_t rows, int cols,
                         cudaStream_t stream) {
-  launch_rows({x, nullptr, nullptr, nullptr, nullptr, codes, scale, rows, cols, 0.0f, 8, static_cast<Real>(dtype),
-               false},
-              stream);
+  launch_rows(
+      {x, nullptr, nullptr, nullptr, nullptr, codes, scale, rows, cols, 0.0f, 8, static_cast<Real>(dtype), false},
+      stream);
 }
 
 }  // namespace vitq

@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
   for (int i = 0; i < kRunOfRow; ++i) {
     const int k = i < count ? column + i : column;
-    scale[i] = inv_scale[k], zero[i] = kRoundToInteger + static_cast<float>(zero_point[k]), offset[i] = source.column(k);
+    scale[i] = inv_scale[k], zero[i] = kRoundToInteger + static_cast<float>(zero_point[k]),
+    offset[i] = source.column(k);
   }
   const CodeRange range = code_range(bits);
   const int64_t first = int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.x / 32;
@@ -89,8 +90,8 @@ void launch(const char* name, const void* x, int dtype, const float* inv_scale, 
   require(blocks < int64_t{1} << 31 && across < 65536, std::string(name) + ": too many rows or columns");
   const bool vector_out = cols % kRunOfRow == 0 && is_aligned(codes);
   const auto kernel = &quantize_kernel<Source>;
-  VITQ_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), across), 32 * kWarps, 0, stream, x,
-              static_cast<Real>(dtype), inv_scale, zero_point, codes, rows, cols, bits, source, vector_in, vector_out);
+  VITQ_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), across), 32 * kWarps, 0, stream, x, static_cast<Real>(dtype),
+              inv_scale, zero_point, codes, rows, cols, bits, source, vector_in, vector_out);
   check_launch(name);
 }
 
@@ -109,9 +110,8 @@ void quantize_patches(const void* image, int dtype, const float* inv_scale, cons
           "quantize_patches: a patch must fit the image");
   const bool vector_in = patch_width % kRunOfRow == 0 && width % kRunOfRow == 0 && is_aligned(image);
   const int64_t rows = int64_t{batch} * (height / patch_height) * (width / patch_width);
-  launch("quantize_patches", image, dtype, inv_scale, zero_point, codes, rows,
-         channels * patch_height * patch_width, bits, Patches{channels, height, width, patch_height, patch_width},
-         vector_in, stream);
+  launch("quantize_patches", image, dtype, inv_scale, zero_point, codes, rows, channels * patch_height * patch_width,
+         bits, Patches{channels, height, width, patch_height, patch_width}, vector_in, stream);
 }
 
 }  // namespace vitq

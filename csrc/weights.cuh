@@ -4,8 +4,8 @@
 // A group is 64 rows; its step is 64 columns: 32 registers of four bytes a lane, register 4j + 2h' + h holding, of the
 // 8 rows of fragment j, the columns 32 h' + 16 h + 4 (lane % 4) .. + 3 (h', h: which mma of the step, which of its two
 // registers). The codes are cut into planes of 8, 4, 2 and 1 bits from the top down (7 = 4 + 2 + 1, 6 = 4 + 2,
-// 5 = 4 + 1, 3 = 2 + 1); a plane of p bits holds 8 / p registers in a word and is p chunks of 16 bytes a lane. So a step
-// of b bits is b chunks of 512 bytes, whatever b is, each read by one conflict-free 16-byte access.
+// 5 = 4 + 1, 3 = 2 + 1); a plane of p bits holds 8 / p registers in a word and is p chunks of 16 bytes a lane. So a
+// step of b bits is b chunks of 512 bytes, whatever b is, each read by one conflict-free 16-byte access.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,9 @@ constexpr int kStepColumns = 64;
 constexpr int kChunkBytes = 512;      // 16 bytes a lane
 constexpr int kFragmentsOfGroup = 8;  // of 8 rows
 
-__host__ __device__ constexpr bool has_plane(int bits, int plane) { return bits == 8 ? plane == 8 : (bits & plane) != 0; }
+__host__ __device__ constexpr bool has_plane(int bits, int plane) {
+  return bits == 8 ? plane == 8 : (bits & plane) != 0;
+}
 
 // Where the chunks of a plane begin: the planes lie from the widest to the narrowest.
 __host__ __device__ constexpr int first_chunk(int bits, int plane) { return plane == 8 ? 0 : bits & ~(2 * plane - 1); }

@@ -120,6 +120,23 @@ def test_four_bit_products_of_every_tile(emulated: BackendCase, tile: int) -> No
             check(linear_case(RowGroups.uniform(96, 4), 33, 192, a_bits=4), "cpu", input_bits=4)
 
 
+def test_operands_may_begin_anywhere(cuda: BackendCase) -> None:
+    """16-byte accesses fault on a GPU where memory is not aligned; under UBSan here too."""
+    case = linear_case(RowGroups.uniform(64, 8), 20, 64)
+    known = {name: case.arguments[name] for name in ("a", "weight", "multiplier", "bias_q")}
+
+    def shifted(x: Tensor) -> Tensor:
+        moved = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        assert moved.data_ptr() % 16
+        return moved
+
+    residual = torch.randn(20, 64, generator=torch.manual_seed(0)).half()
+    check(
+        Case("linear_residual", "shifted", known | {"a": shifted(known["a"]), "residual": shifted(residual)}),
+        cuda.device,
+    )
+
+
 @pytest.mark.parametrize("cc", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("ordered", [False, True], ids=["in-order", "reordered"])
 def test_every_layer_has_a_plan(cc: int, ordered: bool) -> None:

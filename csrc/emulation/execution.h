@@ -61,8 +61,8 @@ void wait_copies(unsigned pending_groups);
 
 // Faults for the tests of the emulation itself: each makes correct source behave as source with that mistake would.
 struct Faults {
-  int skipped_barrier = 0;    // line of a __syncthreads() that is not there
-  unsigned extra_pending = 0; // cp.async.wait_group waits for so many groups fewer
+  int skipped_barrier = 0;        // line of a __syncthreads() that is not there
+  unsigned extra_pending = 0;     // cp.async.wait_group waits for so many groups fewer
   bool unbounded_copies = false;  // cp.async copies beyond the bound that it was given
   bool swapped_fragment = false;  // mma gets its second and third A register exchanged
 };

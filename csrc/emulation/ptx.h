@@ -71,8 +71,7 @@ void execute_mma(void* const all[]) {
         const int lane_k = k / kPerWord % 4, upper = k / (kDepth / 2), at = k % kPerWord;
         const MmaOperands* a = lane_of(4 * (row % 8) + lane_k);
         const MmaOperands* b = lane_of(4 * column + lane_k);
-        sum += int64_t{element<kBits, kSignedA>(a->a[row / 8 + 2 * upper], at)} *
-               element<kBits, true>(b->b[upper], at);
+        sum += int64_t{element<kBits, kSignedA>(a->a[row / 8 + 2 * upper], at)} * element<kBits, true>(b->b[upper], at);
       }
       int32_t& d = lane_of(4 * (row % 8) + column / 2)->d[2 * (row / 8) + column % 2];
       d = static_cast<int32_t>(static_cast<uint32_t>(d) + static_cast<uint32_t>(sum));  // wraps, as without .satfinite

@@ -112,7 +112,7 @@ def _linear(
     partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.parts > 1 else None
 
     # Held here until the launch: only their addresses are handed over.
-    given = {name: None if tensor is None else tensor.contiguous() for name, tensor in vectors.items()}
+    given = {name: None if tensor is None else _aligned(tensor) for name, tensor in vectors.items()}
     given["multiplier"] = multiplier.contiguous()
     residual, levels = given.get("residual"), given.get("levels")
     names = ("multiplier", "bias_q", "zero_point", "inv_scale", "thresholds", "levels", "residual", "token_scale")
@@ -140,5 +140,10 @@ def _rows(a: Tensor) -> Tensor:
     flat = a.reshape(-1, a.shape[-1])
     if a.shape[-1] % ALIGNMENT:
         return F.pad(flat, (0, -a.shape[-1] % ALIGNMENT))
-    flat = flat.contiguous()
-    return flat if flat.data_ptr() % ALIGNMENT == 0 else flat.clone()
+    return _aligned(flat)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on: a view may begin anywhere."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
