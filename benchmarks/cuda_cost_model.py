@@ -7,13 +7,13 @@ Rates (CUDA programming guide, throughput of native arithmetic instructions; dat
 - tensor: 4096 int8 products an IMMA.16832, 8192 4-bit ones an IMMA.16864, at the dense peak of the architecture;
 - shared: 128 bytes a clock: LDSM.x4, LDS.128 and the writes of LDGSTS.128 take 4 clocks each (no bank conflicts:
   tests/test_cuda_compile.py computes the addresses);
-- ALU (LOP3, SHF, PRMT, IADD3, ...) and FMA pipe (IMAD): 64 lanes a clock each; issue: 4 warp instructions a clock.
+- ALU (LOP3, SHF, PRMT, IADD3, ...) and FMA pipe (IMAD): 64 lanes a clock each; issue: 4 warp instructions a clock;
+- l2_per_clk: bytes that a step copies, a clock of the tensor cores; `tiles.py` assumes what L2 gives.
 """
 
 from __future__ import annotations
 
 import csv
-import random
 import re
 import sys
 from collections import Counter
@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cuda_epilogue import reorder_clocks, tile_of, ways_out
 from benchmarks.cuda_sass import ARCHITECTURES, Kernel, count, extension_path, kernels
-from vitq_kernels.ops.cuda.tiles import TILES, Tile
+from vitq_kernels.ops.cuda.tiles import STEP_COLS, TILES, WINDOW_ROWS, Tile
 
 RESULTS = Path(__file__).parent / "results" / "cuda_cost_model.csv"
 REPORT = Path(__file__).parents[1] / "docs" / "cuda_cost_model.md"
@@ -32,7 +33,7 @@ PIPES = ("tensor", "shared", "alu", "fma", "issue")
 COLUMNS = (
     *("arch", "operands", "tile", "bits", "imma", "lds", "ldsm", "ldgsts", "alu", "fma", "instructions"),
     *(f"{pipe}_clk" for pipe in PIPES),
-    *("bound", "next_pipe", "next_pct", "unpack_per_weight"),
+    *("bound", "next_pipe", "next_pct", "unpack_per_weight", "l2_per_clk"),
 )
 HEAD = """# The GEMM's loops by their machine code
 
@@ -43,22 +44,24 @@ sm_80 at half the rate of the tensor cores.
 
 | arch | operands | tile | bits | tensor | shared | ALU | FMA | issue | next, % of tensor | unpack/weight |
 |---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
-MIXED = """## Rows of several widths
+WAYS_OUT = """## The outputs' way out, and rows of several widths
 
 Each warp runs the loop of its own group's width, and the barriers keep a tile at the pace of its widest: the loop costs
-what the widest group alone costs. What is added is the way of the outputs through shared memory, in clocks of shared
-memory, against the clocks of the tensor cores on sm_80 (a random order of the rows):
+what the widest group alone costs. What reordered rows add is the way of the outputs through shared memory. In clocks
+of the pipe that sets the pace, on sm_80 (a random order of the rows, whole tiles, no residual; GELU in the shorter of
+its forms): the direct way; the reordered one; what it adds, of the loop's tensor clocks and the direct way together.
 
-| tile | outputs | clocks | of K = 768 | of K = 3072 |
-|---|---|---|---|---|""".splitlines()
+| tile | outputs | direct | reordered | adds at K = 768 | at K = 3072 | fullest, direct | fullest, reordered |
+|---|---|---|---|---|---|---|---|""".splitlines()
 TAIL = """
-Where two blocks share an SM (256x64, 256x32) these clocks lie under the other block's products, as long as shared
-memory does not become the bound: the loop's own share and these together stay below 100 % (256x64, 8 bits, K = 768:
-88 % for codes, 98 % for floats). Where one block fills an SM (256x128) they are added: 7 % for codes, 17 % for floats
-at K = 768; `vitq_kernels/ops/cuda/tiles.py` counts them so.
+The clocks are those of a block alone on its SM, as 256x128 is: they are added to the loop's. Where several blocks share
+an SM (256x64, 256x32) they lie under another block's products as far as no pipe is full; the last two columns are the
+fullest pipe beside the tensor cores at K = 768, 8-bit loop and way out together, in percent of its tensor clocks.
 """.splitlines()
 WEIGHTS_OF_LANE = 128  # of a step of a group: 64 rows x 64 columns / 32 lanes
 SHARED_CLOCKS = 4  # of 16 bytes a lane
+DEPTHS = (768, 3072)
+OUTPUTS = ("codes", "gelu", "real")
 SHOWN = ("256x128", "128x128", "256x64")
 
 
@@ -94,7 +97,8 @@ def step_row(arch: str, operands: str, tile: Tile, body: Counter[str]) -> dict[s
     counts = (imma, body["LDS.128"], ldsm, body["LDGSTS.128"], body["ALU"], body["FMA"], total)
     row = (arch, operands, f"{tile.rows}x{tile.tokens}", width(body), *counts, *(round(clocks[p], 1) for p in PIPES))
     pct = round(100 * clocks[after] / clocks["tensor"], 1)
-    return dict(zip(COLUMNS, (*row, bound, after, pct, 0.0), strict=True))
+    l2_per_clk = round(tile.stage_bytes(width(body)) / clocks["tensor"], 1)
+    return dict(zip(COLUMNS, (*row, bound, after, pct, 0.0, l2_per_clk), strict=True))
 
 
 def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
@@ -114,30 +118,39 @@ def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
     return found
 
 
-def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> float:
-    """Clocks of shared memory that a tile's reordered outputs take, bank conflicts of a random order included.
+def ways(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[dict[str, Any]]:
+    """What the outputs' way out costs in tiles of 256 rows: by epilogue, direct and reordered, beside 8-bit loops."""
+    found = []
+    for kernel in listing:
+        epilogue, tile = tile_of(kernel) or ("", None)
+        if tile is None or tile.rows != WINDOW_ROWS or epilogue not in OUTPUTS:
+            continue
+        size = f"{tile.rows}x{tile.tokens}"
+        wanted = (kernel.arch, "s8", size, 8)
+        step = next(r for r in table if (r["arch"], r["operands"], r["tile"], r["bits"]) == wanted)
+        straight, head, passes = ways_out(kernel, tile, reorder_clocks(tile, words=epilogue == "real"))
+        direct, reordered = max(straight.values()), max(head.values()) + max(passes.values())
+        way = {"tile": size, "outputs": epilogue, "direct": direct, "reordered": reordered}
+        for depth in DEPTHS:
+            loop = depth // STEP_COLS * step["tensor_clk"]
+            way[f"adds_{depth}_pct"] = round(100 * (reordered - direct) / (loop + direct), 1)
+            for name, parts in (("direct", (straight,)), ("reordered", (head, passes))):
+                busy = {
+                    pipe: depth // STEP_COLS * step.get(f"{pipe}_clk", 0) + sum(part[pipe] for part in parts)
+                    for pipe in straight
+                }
+                fullest = max(busy, key=lambda pipe: busy[pipe])
+                way[f"{name}_{depth}"] = f"{fullest} {100 * busy[fullest] / loop:.0f} %"
+        found.append(way)
+    return sorted(found, key=lambda way: (way["outputs"], -tokens_of(way["tile"])))
 
-    As store_through_shared and store_staged of csrc/gemm_store.cuh access it: for 4 tokens of a row a write of 4 or 16
-    bytes, and as many reads back.
-    """
-    stride = 9 if not words else 36  # words of a staged row, staged_stride
-    size = 4 if words else 1  # words of an access
-    order = random.Random(seed).sample(range(256), 256)
-    clocks = 0
-    for warp in range(4):
-        for i in range(16):
-            banks: dict[int, set[int]] = {}
-            for lane in range(32):
-                first = order[64 * warp + 16 * (lane % 4) + i] * stride + lane // 4 * size
-                for word in range(first, first + size):
-                    banks.setdefault(word % 32, set()).add(word)
-            clocks += max(map(len, banks.values()))
-    passes = tile.tokens // 32
-    reads = 256 * 32 * (4 if words else 1) // 128
-    return passes * (clocks + reads)
+
+def tokens_of(tile: str) -> int:
+    """Of 256x128, 128."""
+    return int(tile.split("x")[1])
 
 
-def report(table: list[dict[str, Any]]) -> str:
+def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]]) -> str:
     """The page of docs/."""
     lines = [*HEAD]
     for row in table:
@@ -152,15 +165,12 @@ def report(table: list[dict[str, Any]]) -> str:
     lines += ["", f"W8A8 loops in which another pipe exceeds 90 % of the tensor cores: {named}.", ""]
     bound = [r for r in table if r["bound"] != "tensor" and r["tile"] in SHOWN]
     named = ", ".join(f"{r['operands']} {r['tile']} w{r['bits']} on {r['arch']} ({r['bound']})" for r in bound)
-    lines += [f"Loops of these tiles that the tensor cores do not bound: {named or 'none'}.", "", *MIXED]
-    for tile in TILES:
-        if tile.rows != 256:
-            continue
-        for words in (False, True):
-            clocks, step = reorder_clocks(tile, words), tile.rows * tile.tokens * 64 / PRODUCTS["sm_80"]
-            part = [f"{100 * clocks / (k / 64 * step):.1f} %" for k in (768, 3072)]
-            name = "float or int32" if words else "codes"
-            lines.append(f"| {tile.rows}x{tile.tokens} | {name} | {clocks:g} | {part[0]} | {part[1]} |")
+    lines += [f"Loops of these tiles that the tensor cores do not bound: {named or 'none'}.", "", *WAYS_OUT]
+    for way in way_rows:
+        adds = [f"{way[f'adds_{depth}_pct']:g} %" for depth in DEPTHS]
+        cells = (way["tile"], way["outputs"], f"{way['direct']:g}", f"{way['reordered']:g}", *adds)
+        full = (way[f"{name}_{DEPTHS[0]}"] for name in ("direct", "reordered"))
+        lines.append(f"| {' | '.join((*cells, *full))} |")
     return "\n".join([*lines, *TAIL, ""])
 
 
@@ -169,12 +179,13 @@ def main() -> None:
     binary = extension_path()
     if binary is None:
         sys.exit("vitq_kernels._cuda is not built")
-    table = [row for arch in ARCHITECTURES for row in rows(kernels(binary, arch))]
+    listings = {arch: list(kernels(binary, arch)) for arch in ARCHITECTURES}
+    table = [row for arch in ARCHITECTURES for row in rows(listings[arch])]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    REPORT.write_text(report(table), encoding="utf-8")
+    REPORT.write_text(report(table, ways(table, listings["sm_80"])), encoding="utf-8")
     print(f"{RESULTS}: {len(table)} rows; {REPORT}")
 
 

@@ -20,9 +20,14 @@ COLUMNS = (
     *("kernel", "arch", "threads", "registers", "stack_bytes", "local_bytes"),
     *("shared_bytes", "blocks_per_sm", "warps_per_sm", "limited_by"),
 )
-# Bytes of shared memory of an SM, warps it holds (CUDA programming guide, technical specifications per capability).
-LIMITS = {"sm_80": (164 << 10, 64), "sm_86": (100 << 10, 48), "sm_89": (100 << 10, 48), "sm_90a": (228 << 10, 64)}
-REGISTERS, MOST_BLOCKS, RESERVED_BYTES = 65536, 32, 1024  # of an SM; of a block, taken by the system
+# Bytes of shared memory of an SM, warps and blocks it holds (CUDA programming guide, specifications per capability).
+LIMITS = {
+    "sm_80": (164 << 10, 64, 32),
+    "sm_86": (100 << 10, 48, 16),
+    "sm_89": (100 << 10, 48, 24),
+    "sm_90a": (228 << 10, 64, 32),
+}
+REGISTERS, RESERVED_BYTES = 65536, 1024  # of an SM; of a block, taken by the system
 ROW_THREADS = 256  # csrc/layernorm.cu, kBlockRow
 
 
@@ -35,7 +40,7 @@ def launch_of(kernel: str) -> tuple[int, int]:
     attention = re.match(r"attention_kernel<(\d), (\d)>", kernel)
     if attention:
         return 128, 3 * 64 * 32 * int(attention.group(1)) + 256  # two stages of keys, one of values, the levels
-    rows = re.match(r"row_kernel<(\d+), (\d+)>", kernel)
+    rows = re.match(r"(?:any_)?row_kernel<(\d+)", kernel)
     if rows and int(rows.group(1)) > 32:
         return ROW_THREADS, 4 * (ROW_THREADS // 32) * 4
     return 128, 0
@@ -43,13 +48,13 @@ def launch_of(kernel: str) -> tuple[int, int]:
 
 def occupancy(threads: int, registers: int, shared: int, arch: str) -> tuple[int, str]:
     """Blocks that an SM holds at a time, and what limits them."""
-    shared_of_sm, warps_of_sm = LIMITS[arch]
+    shared_of_sm, warps_of_sm, most_blocks = LIMITS[arch]
     warps = threads // 32
     limits = {
         "registers": REGISTERS // (warps * -(-registers * 32 // 256) * 256),  # allocated by 256 a warp
         "shared memory": shared_of_sm // (shared + RESERVED_BYTES),
         "warps": warps_of_sm // warps,
-        "blocks": MOST_BLOCKS,
+        "blocks": most_blocks,
     }
     least = min(limits, key=lambda name: limits[name])
     return limits[least], least
@@ -63,6 +68,8 @@ def rows(binary: Path) -> list[dict[str, Any]]:
             if arch == "sm_90a" and "s4" in kernel:
                 continue  # empty: Hopper has no 4-bit products, and nobody launches it there
             threads, dynamic = launch_of(kernel)
+            if arch == "sm_90a" and static:
+                static -= RESERVED_BYTES  # ptxas counts the system's KB there, where a kernel has dynamic shared memory
             blocks, limit = occupancy(threads, registers, static + dynamic, arch)
             shared, warps = static + dynamic, blocks * threads // 32
             row = (kernel, arch, threads, registers, stack, local, shared, blocks, warps, limit)

@@ -28,6 +28,7 @@ class Instruction:
     address: int
     name: str  # with its modifiers, such as LDS.128
     operands: str
+    predicate: str = ""  # such as @!P0
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,8 @@ def parse(lines: Iterable[str], arch: str) -> Iterator[Kernel]:
         if match and name:
             address, predicate, opcode, operands = match.groups()
             # "@!PT LDS RZ" stands before barriers and does nothing.
-            body.append(
-                Instruction(int(address, 16), "NOP" if (predicate or "").strip() == "@!PT" else opcode, operands)
-            )
+            predicate = (predicate or "").strip()
+            body.append(Instruction(int(address, 16), "NOP" if predicate == "@!PT" else opcode, operands, predicate))
     if body:
         yield Kernel(short_names([name])[name], arch, tuple(body))
 
@@ -157,8 +157,10 @@ _ALU = (
     "VIMNMX",
     "FMNMX",
     "FSETP",
+    "FSEL",
     "PLOP3",
-    "POPC",
+    "VIADD",  # IADD3 of two, from sm_90 on
+    "I2FP",  # of sm_86 on; sm_80's I2F is 16 lanes a clock
     "MOV",
 )
 _FMA = ("IMAD", "FFMA", "FMUL", "FADD", "IDP")

@@ -42,15 +42,19 @@ class Stage:
 
     name: str
     function: str  # "module:function", imported in the stage's own process
-    limit_s: float
+    limit_s: float  # that it can count on; it may take what no later stage counts on
 
 
+# Together they fit into one call; what one leaves goes to those after it.
 STAGES = (
-    Stage("environment", "benchmarks.device_stages:environment", 60),
-    Stage("tests", "benchmarks.device_stages:run_tests", 300),
-    Stage("end_to_end", "benchmarks.device_stages:end_to_end", 180),
-    Stage("triton_correctness", "benchmarks.triton_stages:triton_correctness", 180),
-    Stage("triton_microbenchmarks", "benchmarks.triton_stages:triton_microbenchmarks", 200),
+    Stage("environment", "benchmarks.device_stages:environment", 15),
+    Stage("tests", "benchmarks.device_stages:run_tests", 140),
+    Stage("end_to_end", "benchmarks.device_stages:end_to_end", 40),
+    Stage("triton_correctness", "benchmarks.kernel_stages:triton_correctness", 90),
+    Stage("triton_microbenchmarks", "benchmarks.kernel_stages:triton_microbenchmarks", 100),
+    Stage("cuda_correctness", "benchmarks.kernel_stages:cuda_correctness", 40),
+    Stage("cuda_microbenchmarks", "benchmarks.kernel_stages:cuda_microbenchmarks", 70),
+    Stage("cuda_sanitizer", "benchmarks.cuda_sanitizer:cuda_sanitizer", 45),
 )
 
 
@@ -246,13 +250,16 @@ def check(
             there, here = (f"code {found.get('code')} on {found.get('device')}" for found in (earlier, results))
             raise ValueError(f"{out} holds results of {there}, this is {here}: give another --out, or --overwrite")
     selected = [stage for stage in stages if not chosen or stage.name in chosen]
+    done = {name for name, row in results["stages"].items() if row["status"] == "ok" and not overwrite}
+    waiting = [stage for stage in selected if stage.name not in done]
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         for stage in selected:
-            row = results["stages"].get(stage.name, {"status": "not run"})
-            if row["status"] == "ok" and not overwrite:
+            if stage not in waiting:
                 print(f"{stage.name}: ok already, not run again", flush=True)
                 continue
-            limit_s = min(stage.limit_s, total_s - (time.monotonic() - start))
+            waiting.remove(stage)
+            left_s = total_s - (time.monotonic() - start)
+            limit_s = max(min(stage.limit_s, left_s), left_s - sum(later.limit_s for later in waiting))
             if limit_s < 1:
                 reason = f"the {total_s:.0f} s of this call were used up; the same command goes on from here"
                 row = {"status": "not run", "reason": reason, "seconds": 0.0, "limit_s": 0.0, "data": {}}

@@ -163,15 +163,17 @@ class Work:
     int8_ops: float = 0.0
     f16_ops: float = 0.0
     bytes: float = 0.0
+    int4_ops: float = 0.0  # at twice the int8 peak, on GPUs that have 4-bit products
 
     def rates(self, us: float, peaks: Peaks | None) -> Row:
         """``tops`` or ``gbps``, and the part of the time that the peak rates would need."""
-        ops = self.int8_ops + self.f16_ops
+        ops = self.int4_ops + self.int8_ops + self.f16_ops
         rate = {"tops": ops / us / 1e6} if ops else {"gbps": self.bytes / us / 1e3}
         if peaks is None:
             return {**rate, "pct_of_peak": None}
         if ops:
-            floor_us = (self.int8_ops / peaks.int8_tops + self.f16_ops / peaks.f16_tops) / 1e6
+            int8_ops = self.int8_ops + self.int4_ops / 2
+            floor_us = (int8_ops / peaks.int8_tops + self.f16_ops / peaks.f16_tops) / 1e6
         else:
             floor_us = self.bytes / peaks.gbps / 1e3
         return {**rate, "pct_of_peak": 100 * floor_us / us}

@@ -43,10 +43,17 @@ struct Coding {
   float kappa, offset, last;  // last: level count - 1
   bool normalised;            // with an offset, which is added after the product was rounded
 
-  __device__ __forceinline__ uint32_t code(int32_t distance) const {
-    const float d = int_to_float(distance);
-    if (normalised) return float_bits(fminf(d * kappa + offset, last) + kRoundToInteger);
-    return float_bits(fminf(fmaf(d, kappa, kRoundToInteger), kRoundToInteger + last));
+  // Of four keys; which form it is is asked once for them.
+  __device__ __forceinline__ void codes(const float (&distance)[4], uint32_t (&code)[4]) const {
+    if (normalised) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) code[i] = float_bits(fminf(distance[i] * kappa + offset, last) + kRoundToInteger);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        code[i] = float_bits(fminf(fmaf(distance[i], kappa, kRoundToInteger), kRoundToInteger + last));
+      }
+    }
   }
 };
 

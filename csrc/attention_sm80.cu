@@ -213,9 +213,11 @@ struct Attention {
       if (first_key >= with.sequence) continue;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        float distance[4];
         uint32_t codes[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) codes[i] = coding[r].code(top[r] - acc[2 * p + i / 2][2 * r + i % 2]);
+        for (int i = 0; i < 4; ++i) distance[i] = int_to_float(top[r] - acc[2 * p + i / 2][2 * r + i % 2]);
+        coding[r].codes(distance, codes);
         uint32_t word = levels_of(levels, codes);
         if (first_key + 16 > with.sequence) {
           const int left = with.sequence - first_key - static_cast<int>(lane_index()) % 4 * 4;

@@ -40,6 +40,28 @@ __device__ __forceinline__ uint32_t level_of(const EpilogueArguments& with, floa
   return static_cast<uint8_t>(with.levels[below]);
 }
 
+// The second half of kGelu: words that are float32 in real units to codes or levels. What to do is asked once a run, so
+// that eight independent chains of instructions lie between two branches.
+__device__ __forceinline__ void activate(const EpilogueArguments& with, const RunVectors& vectors, CodeRange range,
+                                         uint32_t (&word)[kRun]) {
+  if (with.tanh_form) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) word[i] = float_bits(gelu_tanh(bits_float(word[i])));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) word[i] = float_bits(gelu_erf(bits_float(word[i])));
+  }
+  if (with.levels == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      word[i] = requantise(bits_float(word[i]), vectors.inv_scale[i], vectors.zero[i], range);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) word[i] = level_of(with, bits_float(word[i]) * vectors.inv_scale[i]);
+  }
+}
+
 // Rescales the accumulators of a run of rows at one token. What comes out: the low byte is the code (kCodes, kGelu);
 // the word is the float32 in real units, without residual (kReal); or the accumulator (kPartial).
 template <Epilogue kKind>
@@ -53,10 +75,7 @@ __device__ __forceinline__ void rescale(const EpilogueArguments& with, const Run
     } else if constexpr (kKind == Epilogue::kCodes) {
       word[i] = requantise(int_to_float(acc[i] + vectors.bias[i]), vectors.multiplier[i], vectors.zero[i], range);
     } else if constexpr (kKind == Epilogue::kGelu) {
-      const float y = int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i];
-      const float g = gelu(y, with.tanh_form != 0);
-      word[i] = with.levels == nullptr ? requantise(g, vectors.inv_scale[i], vectors.zero[i], range)
-                                       : level_of(with, g * vectors.inv_scale[i]);
+      word[i] = float_bits(int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i]);
     } else if (with.token_scale != nullptr) {
       const float y = int_to_float(acc[i]) * (token_scale * vectors.multiplier[i]);
       word[i] = float_bits(with.bias_q == nullptr ? y : y + bits_float(static_cast<uint32_t>(vectors.bias[i])));
@@ -64,6 +83,7 @@ __device__ __forceinline__ void rescale(const EpilogueArguments& with, const Run
       word[i] = float_bits(int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i]);
     }
   }
+  if constexpr (kKind == Epilogue::kGelu) activate(with, vectors, range, word);
 }
 
 // The last step of kReal: adds the residual, rounds to the output's dtype and stores a run of a token's row.

@@ -1,90 +1,112 @@
 // Rows of real numbers: how a thread loads and stores a run of 8 of them, and how the threads of a row agree on sums.
 #pragma once
 
+#include <type_traits>
+
 #include "semantics.cuh"
 
 namespace vitq {
 
 constexpr int kRunOfRow = 8;  // elements: 16 bytes of a 16-bit dtype, 8 bytes of codes
 
-__host__ __device__ constexpr int bytes_of(Real dtype) { return dtype == Real::kFloat32 ? 4 : 2; }
-
-// Elements `at` .. at + 7 as float32; `vector`: all of them are there, and 16-byte aligned; else those before `count`,
-// zeros behind.
-__device__ __forceinline__ void load_reals(const void* base, int64_t at, int count, Real dtype, bool vector,
-                                           float (&x)[kRunOfRow]) {
-  const bool wide = dtype == Real::kFloat32;
-  if (vector) {
-    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const char*>(base) + at * (wide ? 4 : 2));
-    const uint4 low = source[0];
-    const uint32_t first[4] = {low.x, low.y, low.z, low.w};
-    if (wide) {
-      const uint4 high = source[1];
-      const uint32_t second[4] = {high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = bits_float(first[i]), x[i + 4] = bits_float(second[i]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = real_from_16(static_cast<uint16_t>(first[i]), dtype);
-      x[2 * i + 1] = real_from_16(static_cast<uint16_t>(first[i] >> 16), dtype);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRunOfRow; ++i) {
-    x[i] = 0.0f;
-    if (i >= count) continue;
-    x[i] = wide ? static_cast<const float*>(base)[at + i]
-                : real_from_16(static_cast<const uint16_t*>(base)[at + i], dtype);
+// Calls `body` with the dtype as a constant. One uniform branch, above all loads: a branch between two of them would
+// make the second wait for the first.
+template <class Body>
+__device__ __forceinline__ void with_constant(Real dtype, const Body& body) {
+  if (dtype == Real::kFloat32) {
+    body(std::integral_constant<Real, Real::kFloat32>());
+  } else if (dtype == Real::kFloat16) {
+    body(std::integral_constant<Real, Real::kFloat16>());
+  } else {
+    body(std::integral_constant<Real, Real::kBfloat16>());
   }
 }
 
-// The inverse; x is in the dtype's numbers already (round_to).
-__device__ __forceinline__ void store_reals(void* base, int64_t at, int count, Real dtype, bool vector,
-                                            const float (&x)[kRunOfRow]) {
-  const bool wide = dtype == Real::kFloat32;
-  if (vector) {
-    uint4* target = reinterpret_cast<uint4*>(static_cast<char*>(base) + at * (wide ? 4 : 2));
-    if (wide) {
-      target[0] = {float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
-      target[1] = {float_bits(x[4]), float_bits(x[5]), float_bits(x[6]), float_bits(x[7])};
-      return;
-    }
-    uint32_t packed[4];
+// A run as it lies in memory.
+template <Real kDtype>
+struct Words {
+  static constexpr int kCount = kDtype == Real::kFloat32 ? 2 : 1;
+  uint4 at[kCount] = {};
+};
+
+template <Real kDtype>
+__device__ __forceinline__ int64_t byte_of(int64_t element) {
+  return element * (kDtype == Real::kFloat32 ? 4 : 2);
+}
+
+// Elements `at` .. at + 7, 16-byte aligned.
+template <Real kDtype>
+__device__ __forceinline__ Words<kDtype> load_words(const void* base, int64_t at) {
+  const uint4* source = reinterpret_cast<const uint4*>(static_cast<const char*>(base) + byte_of<kDtype>(at));
+  Words<kDtype> words;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) packed[i] = real_to_16(x[2 * i], dtype) | real_to_16(x[2 * i + 1], dtype) << 16;
-    target[0] = {packed[0], packed[1], packed[2], packed[3]};
-    return;
-  }
+  for (int i = 0; i < words.kCount; ++i) words.at[i] = source[i];
+  return words;
+}
+
+template <Real kDtype>
+__device__ __forceinline__ void store_words(void* base, int64_t at, const Words<kDtype>& words) {
+  uint4* target = reinterpret_cast<uint4*>(static_cast<char*>(base) + byte_of<kDtype>(at));
 #pragma unroll
-  for (int i = 0; i < kRunOfRow; ++i) {
-    if (i >= count) continue;
-    if (wide) {
-      static_cast<float*>(base)[at + i] = x[i];
-    } else {
-      static_cast<uint16_t*>(base)[at + i] = static_cast<uint16_t>(real_to_16(x[i], dtype));
+  for (int i = 0; i < words.kCount; ++i) target[i] = words.at[i];
+}
+
+template <Real kDtype>
+__device__ __forceinline__ void reals_of(const Words<kDtype>& words, float (&x)[kRunOfRow]) {
+  constexpr int kPerWord = kRunOfRow / (4 * Words<kDtype>::kCount);
+#pragma unroll
+  for (int i = 0; i < words.kCount; ++i) {
+    const uint32_t word[4] = {words.at[i].x, words.at[i].y, words.at[i].z, words.at[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kPerWord == 1) {
+        x[4 * i + j] = bits_float(word[j]);
+      } else {
+        x[2 * j] = real_from_16(static_cast<uint16_t>(word[j]), kDtype);
+        x[2 * j + 1] = real_from_16(static_cast<uint16_t>(word[j] >> 16), kDtype);
+      }
     }
   }
 }
 
-// A float32 rounded to a dtype.
-__device__ __forceinline__ float round_to(float x, Real dtype) {
-  return dtype == Real::kFloat32 ? x : real_from_16(static_cast<uint16_t>(real_to_16(x, dtype)), dtype);
+// Rounded to the dtype.
+template <Real kDtype>
+__device__ __forceinline__ Words<kDtype> words_of(const float (&x)[kRunOfRow]) {
+  Words<kDtype> words;
+  if constexpr (kDtype == Real::kFloat32) {
+    words.at[0] = {float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
+    words.at[1] = {float_bits(x[4]), float_bits(x[5]), float_bits(x[6]), float_bits(x[7])};
+  } else {
+    uint32_t pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair[i] = real_to_16(x[2 * i], kDtype) | real_to_16(x[2 * i + 1], kDtype) << 16;
+    words.at[0] = {pair[0], pair[1], pair[2], pair[3]};
+  }
+  return words;
 }
 
-// The low bytes of 8 words as codes; `vector`: 8-byte aligned.
-__device__ __forceinline__ void store_codes(int8_t* target, int count, bool vector, const uint32_t (&word)[kRunOfRow]) {
-  if (vector) {
-    *reinterpret_cast<uint2*>(target) = {pack_bytes(word[0], word[1], word[2], word[3]),
-                                         pack_bytes(word[4], word[5], word[6], word[7])};
-    return;
+template <Real kDtype>
+__device__ __forceinline__ float load_real(const void* base, int64_t at) {
+  if constexpr (kDtype == Real::kFloat32) {
+    return static_cast<const float*>(base)[at];
+  } else {
+    return real_from_16(static_cast<const uint16_t*>(base)[at], kDtype);
   }
-#pragma unroll
-  for (int i = 0; i < kRunOfRow; ++i) {
-    if (i < count) target[i] = static_cast<int8_t>(word[i]);
+}
+
+template <Real kDtype>
+__device__ __forceinline__ void store_real(void* base, int64_t at, float x) {
+  if constexpr (kDtype == Real::kFloat32) {
+    static_cast<float*>(base)[at] = x;
+  } else {
+    static_cast<uint16_t*>(base)[at] = static_cast<uint16_t>(real_to_16(x, kDtype));
   }
+}
+
+// The low bytes of 8 words as codes, 8-byte aligned.
+__device__ __forceinline__ void store_codes(int8_t* target, const uint32_t (&word)[kRunOfRow]) {
+  *reinterpret_cast<uint2*>(target) = {pack_bytes(word[0], word[1], word[2], word[3]),
+                                       pack_bytes(word[4], word[5], word[6], word[7])};
 }
 
 __device__ __forceinline__ float sum_of(const float (&x)[kRunOfRow]) {
@@ -98,20 +120,29 @@ struct Largest {
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// One number of all threads of a row, the same in each: a warp by shuffles; kThreads of a block through the floats at
-// `shared`, kThreads / 32 of them, which no other reduction may use.
-template <class Operation, int kThreads>
-__device__ __forceinline__ float reduce(float x, float* shared) {
+// Each number of x over all threads of a row, the same in each: a warp by shuffles; kThreads of a block through the
+// floats at `shared`, kCount * kThreads / 32 of them, which no other reduction may use.
+template <class Operation, int kThreads, int kCount>
+__device__ __forceinline__ void reduce(float (&x)[kCount], float* shared) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) x = Operation::of(x, shuffle_xor(x, mask));
-  if constexpr (kThreads > 32) {
-    if (lane_index() == 0) shared[threadIdx.x / 32] = x;
-    VITQ_BARRIER();  // every warp's number is there
-    x = shared[0];
+  for (int mask = 16; mask > 0; mask >>= 1) {
 #pragma unroll
-    for (int warp = 1; warp < kThreads / 32; ++warp) x = Operation::of(x, shared[warp]);
+    for (int i = 0; i < kCount; ++i) x[i] = Operation::of(x[i], shuffle_xor(x[i], mask));
   }
-  return x;
+  if constexpr (kThreads > 32) {
+    constexpr int kWarps = kThreads / 32;
+    if (lane_index() == 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) shared[i * kWarps + threadIdx.x / 32] = x[i];
+    }
+    VITQ_BARRIER();  // every warp's numbers are there
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = shared[i * kWarps];
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp) x[i] = Operation::of(x[i], shared[i * kWarps + warp]);
+    }
+  }
 }
 
 // S5: codes of a token, absmax first.

@@ -40,13 +40,12 @@ __device__ __forceinline__ uint32_t pack_bytes(uint32_t w0, uint32_t w1, uint32_
   return permute_bytes(permute_bytes(w0, w1, 0x0040), permute_bytes(w2, w3, 0x0040), 0x5410);
 }
 
-// GELU of float32: the erf form, or the tanh form as y * sigmoid(2u).
-__device__ __forceinline__ float gelu(float y, bool tanh_form) {
-  if (tanh_form) {
-    const float u = 0.7978845608028654f * fmaf(0.044715f * y * y, y, y);
-    return divide_approximately(y, 1.0f + expf(-2.0f * u));
-  }
-  return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
+// GELU of float32: the erf form, and the tanh form as y * sigmoid(2u).
+__device__ __forceinline__ float gelu_erf(float y) { return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f)); }
+
+__device__ __forceinline__ float gelu_tanh(float y) {
+  const float u = 0.7978845608028654f * fmaf(0.044715f * y * y, y, y);
+  return divide_approximately(y, 1.0f + expf(-2.0f * u));
 }
 
 // A real dtype that crosses the boundary; the numbers are those of launchers.h.

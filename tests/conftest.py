@@ -22,6 +22,7 @@ from tests import emulated_cuda
 SKIP_REASONS = {
     "no GPU": True,
     "cuda not built": True,
+    "cuda is compiled in this process": False,
     "triton is compiled in this process": False,  # TRITON_INTERPRET holds for a process: a second run interprets
     "VITQ_ASSETS is not set": False,
 }
@@ -57,8 +58,8 @@ class BackendCase:
 BACKEND_CASES = (
     BackendCase("reference", "reference", "cpu", lambda: None, reference_floats=True),
     BackendCase("cpu", "cpu", "cpu", lambda: None, reference_floats=True),
-    BackendCase("cuda-emulated", "cuda", "cpu", lambda: None, reference_floats=False),
-    BackendCase("cuda", "cuda", "cuda", _not_built, reference_floats=False),
+    BackendCase("cuda-emulated", "cuda", "cpu", lambda: _not_emulated(), reference_floats=False),
+    BackendCase("cuda", "cuda", "cuda", lambda: _cuda(), reference_floats=False),
     BackendCase(
         "triton-interpreter",
         "triton",
@@ -79,6 +80,15 @@ def _usable(request: pytest.FixtureRequest) -> BackendCase:
     if reason is not None:
         pytest.skip(reason)
     return _built(case)
+
+
+def _not_emulated() -> str | None:
+    """A process has one module: where a GPU can have it, the emulation needs a run of its own, with the variable set."""
+    return "cuda is compiled in this process" if EMULATED not in os.environ and _not_built() is None else None
+
+
+def _cuda() -> str | None:
+    return "no GPU" if EMULATED in os.environ else _not_built()
 
 
 def _built(case: BackendCase) -> BackendCase:
@@ -115,6 +125,9 @@ def cuda(request: pytest.FixtureRequest) -> BackendCase:
 @pytest.fixture
 def emulated() -> BackendCase:
     """The CUDA backend, emulated; its module is ``vitq_kernels.ops.cuda.launch.module()``."""
+    reason = _not_emulated()
+    if reason is not None:
+        pytest.skip(reason)
     return _built(next(case for case in BACKEND_CASES if case.label == "cuda-emulated"))
 
 

@@ -148,7 +148,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch: pytest.Monk
 
 
 def test_a_missing_op_raises_and_names_who_has_it(recorder: list[str]) -> None:
-    message = r"^vitq::attention on cpu: backend recorder lacks this op; can: cpu, (triton, )?reference"
+    message = r"^vitq::attention on cpu: backend recorder lacks this op; can: cpu, (triton, )?(cuda, )?reference"
     with use_backend("recorder"), pytest.raises(BackendUnavailableError, match=message):
         run("attention")
 
@@ -164,7 +164,7 @@ def test_the_environment_variable_does_not_fall_back_either(
 def test_a_backend_of_another_device_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     add_backend(monkeypatch, "elsewhere", ("cuda", "xpu"), quantize=None)
     message = (
-        r"^vitq::quantize on cpu: backend elsewhere runs on cuda and xpu, not on cpu; can: cpu, (triton, )?reference"
+        r"^vitq::quantize on cpu: backend elsewhere runs on cuda and xpu, not on cpu; can: cpu, (triton, )?(cuda, )?reference"
     )
     with use_backend("elsewhere"), pytest.raises(BackendUnavailableError, match=message):
         run()
@@ -174,7 +174,7 @@ def test_a_backend_that_does_not_import_raises_with_the_cause(monkeypatch: pytes
     monkeypatch.setitem(BACKENDS, "broken", Backend("broken", "vitq_kernels.no_such_backend", ()))
     message = (
         r"^vitq::quantize on cpu: backend broken does not load: No module named 'vitq_kernels\.no_such_backend'; "
-        r"can: cpu, (triton, )?reference"
+        r"can: cpu, (triton, )?(cuda, )?reference"
     )
     with use_backend("broken"), pytest.raises(BackendUnavailableError, match=message):
         run()

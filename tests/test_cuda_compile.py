@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_cost_model, cuda_resources
+from benchmarks import cuda_cost_model, cuda_epilogue, cuda_resources
 from benchmarks.cuda_sass import ARCHITECTURES, Kernel, class_of, count, extension_path, kernels, parse, resources
 from vitq_kernels.ops.cuda.tiles import TILES
 
@@ -131,10 +131,37 @@ def test_the_committed_cost_model_is_that_of_the_build(compiled: Callable[[str],
         committed = list(csv.DictReader(file))
     made = [row for arch in ARCHITECTURES for row in cuda_cost_model.rows(compiled(arch))]
     assert committed == [{k: str(v) for k, v in row.items()} for row in made]
-    assert cuda_cost_model.REPORT.read_text(encoding="utf-8") == cuda_cost_model.report(made)
+    ways = cuda_cost_model.ways(made, compiled("sm_80"))
+    assert cuda_cost_model.REPORT.read_text(encoding="utf-8") == cuda_cost_model.report(made, ways)
     large = [r for r in made if r["operands"] == "s8" and r["bits"] == 8 and r["tile"] in cuda_cost_model.SHOWN]
     assert len(large) == len(ARCHITECTURES) * 3
     assert all(row["next_pct"] < 90 for row in large)
+
+
+BRANCHES = """
+		Function : _ZN4vitq13finish_kernelILNS_8EpilogueE0EEEvNS_13GemmArgumentsEPKii
+        /*0000*/              @P0  BRA 0x40 ;
+        /*0010*/                   STS [R2], R3 ;
+        /*0020*/                   BAR.SYNC 0x0 ;
+        /*0030*/                   BRA 0x60 ;
+        /*0040*/              @!P1 BRA P2, 0x60 ;
+        /*0050*/                   STG.E.128 [R2.64], R4 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_the_ways_out_of_a_kernel_are_told_apart() -> None:
+    (kernel,) = parse(BRANCHES.splitlines(), "sm_80")
+    graph = cuda_epilogue.blocks(kernel)
+    assert graph[0].following == (0x40, 0x10)
+    assert graph[0x40].following == (0x60, 0x50)
+    direct = cuda_epilogue.best_path(graph, 0, cuda_epilogue.direct_value)
+    assert [i.name for i in direct] == ["BRA", "BRA", "STG.E.128", "EXIT"]
+    without_stores = cuda_epilogue.best_path(graph, 0, lambda i: 1 if i.name == "STS" else -5)
+    assert [i.name for i in without_stores] == ["BRA", "BRA", "EXIT"]
+    reordered = cuda_epilogue.best_path(graph, 0, lambda i: 2000 * i.name.startswith("STS"))
+    assert [i.name for i in reordered] == ["BRA", "STS", "BAR.SYNC", "BRA", "EXIT"]
 
 
 # --- bank conflicts, by the addresses of csrc/gemm_sm80.cuh (token_offset) and csrc/attention_sm80.cu (swizzled) -----

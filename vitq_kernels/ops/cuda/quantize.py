@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitq_kernels.ops.cuda.launch import DTYPES, launch, refuse
-from vitq_kernels.ops.cuda.layernorm import LONGEST_ROW
+from vitq_kernels.ops.cuda.launch import DTYPES, launch
 
 
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -34,8 +33,5 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """``reference.quantize_per_token``."""
     x = x.contiguous()
     codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    cols = x.shape[-1]
-    if cols > LONGEST_ROW:
-        refuse("quantize_per_token", x, f"takes rows of up to {LONGEST_ROW} channels, got {cols}")
-    launch("quantize_per_token", x, x, DTYPES[x.dtype], codes, scale, x.numel() // cols, cols)
+    launch("quantize_per_token", x, x, DTYPES[x.dtype], codes, scale, scale.numel(), x.shape[-1])
     return codes, scale

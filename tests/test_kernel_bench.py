@@ -1,9 +1,11 @@
-"""The Triton stages of ``benchmarks.device_check``, driven without a GPU: tiny sizes, the cpu backend, a fake timer."""
+"""What ``benchmarks.kernel_bench`` measures, without a GPU: tiny sizes, a fake timer, and for a backend the cpu's ops
+with Triton's tiles, the interpreted or the emulated kernels.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +13,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import triton_stages
-from benchmarks.device_check import CheckFailed, NotRun, StageRun
-from benchmarks.microbench import Peaks, Timer, Timing, geometric_mean, speedups
-from benchmarks.triton_bench import (
+from benchmarks.cuda_backend import CUDA
+from benchmarks.device_check import CheckFailed, StageRun
+from benchmarks.kernel_backend import KernelBackend
+from benchmarks.kernel_bench import (
     RESERVE_S,
     Bench,
     compile_one,
     compile_tasks,
     linear_cases,
     plan,
-    targets,
-    tile_choice,
     tile_plan,
 )
-from benchmarks.triton_cases import CUBLAS, INT_MM, SDPA, UNFUSED, AttentionCase, LinearCase, RowCase
+from benchmarks.kernel_cases import SDPA, AttentionCase, LinearCase, RowCase
+from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
+from benchmarks.microbench import Peaks, Timer, Timing
+from benchmarks.triton_backend import TRITON
+from tests.conftest import BackendCase
 from vitq_kernels.ops import cpu
+from vitq_kernels.ops import cuda as cuda_ops
+from vitq_kernels.ops.cuda.extension import module
+from vitq_kernels.ops.cuda.tiles import Gpu
 from vitq_kernels.ops.triton.launch import INTERPRETED
 
+CPU = replace(TRITON, name="cpu")  # Triton's tiles are named, the cpu backend runs
 PEAKS = Peaks(1979, 989, 4800)
 CASES = [
     *linear_cases(2, 9, 16),
@@ -59,7 +67,7 @@ def stage_run(tmp_path: Path, limit_s: float = 600) -> StageRun:
     return StageRun(None, limit_s, tmp_path / "result.json")
 
 
-def bench(run: StageRun, timer: Timer, backend: str = "cpu") -> Bench:
+def bench(run: StageRun, timer: Timer, backend: KernelBackend = CPU) -> Bench:
     return Bench(run, backend, "cpu", timer, PEAKS, l2_bytes=1000)
 
 
@@ -124,8 +132,37 @@ def test_tiles_of_the_model_are_measured(measured: dict[str, Any]) -> None:
 @interpreted
 def test_the_interpreter_names_its_tile(tmp_path: Path) -> None:
     run = stage_run(tmp_path)
-    bench(run, FakeTimer(), "triton").measure([LAYER], [])
+    bench(run, FakeTimer(), TRITON).measure([LAYER], [])
     assert {row["tile"] for row in run.data["rows"]} == {"64 rows x 16 tokens, 4 warps, 4 stages"}
+
+
+def test_the_cuda_backend_is_measured_as_triton_is(emulated: BackendCase, tmp_path: Path) -> None:
+    run, w4a4 = stage_run(tmp_path), replace(LAYER, data=FOUR_BIT)
+    bench(run, FakeTimer(), CUDA).measure([LAYER, w4a4, AttentionCase(2, 9, 2, 8), *CASES[-2:]], [LAYER])
+    rows, tiles = run.data["rows"], run.data["tiles"]
+    assert all(row.keys() >= COLUMNS for row in rows)
+    assert {row["baseline"] for row in rows if row["case"] == "qkv"} == {CUBLAS, INT_MM, UNFUSED}
+    assert {row["tile"] for row in rows if row["case"] == "qkv"} == {tiles[0]["tile"]}
+    assert [row["rank"] for row in tiles] == [1, 2, 3, 4, 5]
+    assert "tokens, " in tiles[0]["tile"]
+    assert sorted(row["predicted_us"] for row in tiles) == [row["predicted_us"] for row in tiles]
+    us = {row["data"]: row["us"] for row in rows if row["case"] == "qkv" and row["cache"] == "cold"}
+    (ratio,) = run.data["four_bit"]
+    assert ratio["w4a4_over_w4a8_x"] == pytest.approx(us["uniform"] / us[FOUR_BIT])
+    wide, narrow = (next(r for r in rows if r["data"] == data and r["case"] == "qkv") for data in ("uniform", FOUR_BIT))
+    assert narrow["pct_of_peak"] * narrow["us"] == pytest.approx(wide["pct_of_peak"] * wide["us"] / 2)
+
+
+def test_narrow_inputs_are_measured_where_they_are_another_product() -> None:
+    def narrow(cc: int) -> list[Any]:
+        return [case for case in plan(CUDA.has_4bit_products(Gpu(cc, 100))) if case.data == FOUR_BIT]
+
+    assert [case.case for case in narrow(80)] == ["qkv", "proj", "fc1", "fc2"] * 3
+    assert {case.widths for case in narrow(80)} == {(4,)}
+    assert [narrow(cc) for cc in (90, 100, 120)] == [[]] * 3
+    assert not TRITON.has_4bit_products(TRITON.gpu("cpu"))
+    problems = [CUDA.problem(narrow(80)[0].layer, Gpu(cc, 100)).native4 for cc in (80, 86, 89, 90, 120)]
+    assert problems == [True, True, True, False, False]
 
 
 def off(outputs: Tensor) -> Tensor:
@@ -142,6 +179,45 @@ def test_a_wrong_kernel_is_not_timed(case: Any, tmp_path: Path, monkeypatch: pyt
     assert timer.called == []
     assert run.data["rows"] == []
     assert "AssertionError: " in run.data["wrong"][0]["why"]
+
+
+@pytest.mark.parametrize("case", {case.op: case for case in CASES}.values(), ids=lambda case: case.op)
+def test_a_wrong_cuda_kernel_is_not_timed(
+    case: Any, emulated: BackendCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(cuda_ops, case.op)
+    monkeypatch.setattr(cuda_ops, case.op, lambda *args: off(right(*args)))
+    refused(bench(stage_run(tmp_path), FakeTimer(), CUDA), case)
+
+
+@interpreted
+def test_a_wrong_triton_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitq_kernels.ops import triton as triton_ops
+
+    right = triton_ops.linear_codes
+    monkeypatch.setattr(triton_ops, "linear_codes", lambda *args: off(right(*args)))
+    refused(bench(stage_run(tmp_path), FakeTimer(), TRITON), LAYER)
+
+
+@pytest.fixture
+def planted(emulated: BackendCase) -> Iterator[Any]:
+    yield module()
+    module().plant(0, 0, False, False)
+
+
+def test_a_fault_inside_the_kernel_is_not_timed(planted: Any, tmp_path: Path) -> None:
+    planted.plant(0, 0, False, True)  # a swapped fragment
+    refused(bench(stage_run(tmp_path), FakeTimer(), CUDA), LAYER)
+
+
+def refused(bench: Bench, case: Any) -> None:
+    """Neither the case nor one of its tiles is timed."""
+    with pytest.raises(CheckFailed, match=rf"^wrong: {case.op} "):
+        bench.measure([case], [case] if isinstance(case, LinearCase) else [])
+    assert bench.timer.called == []
+    assert bench.run.data["rows"] == bench.run.data["tiles"] == []
+    assert all("AssertionError: " in row["why"] for row in bench.run.data["wrong"])
+    assert len(bench.run.data["wrong"]) == (6 if isinstance(case, LinearCase) else 1)
 
 
 def test_a_wrong_kernel_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,65 +254,17 @@ def test_time_that_runs_out_leaves_a_reason(tmp_path: Path) -> None:
     assert len(run.data["left_out"]) == 24
 
 
-@pytest.mark.parametrize("stage", [triton_stages.triton_correctness, triton_stages.triton_microbenchmarks])
-def test_without_a_gpu_nothing_runs(
-    stage: Callable[[StageRun], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(NotRun, match=r"^no GPU$"):
-        stage(stage_run(tmp_path))
-
-
 def test_the_plan_starts_with_what_is_worth_most() -> None:
     cases = plan()
     assert [case.batch for case in cases] == sorted((case.batch for case in cases), reverse=True)
     assert {case.m for case in cases if isinstance(case, LinearCase)} == {197, 1576, 12608}
-    assert cases[3].problem.widths == (3, 4, 6)
+    assert TRITON.problem(cases[3].layer, TRITON.gpu("cpu")).widths == (3, 4, 6)
     tiled = tile_plan(cases)
     assert len(tiled) == 12
-    tasks = compile_tasks(cases, tiled, "cpu")
+    tasks = compile_tasks(cases, tiled, TRITON, "cpu")
     assert len(tasks) == len([case for case in cases if case.data == "uniform"]) + 5 * 12
 
 
 def test_compiling_runs_the_case() -> None:
-    assert compile_one((LAYER, None), "cpu", "cpu") == ""
-    assert compile_one((LAYER, None), "cpu", "meta").startswith("linear_codes qkv w4 at batch 1: ")
-
-
-def test_targets() -> None:
-    def row(case: str, bits: str, us: float, **given: Any) -> dict[str, Any]:
-        base = {"op": "linear_codes", "batch": 64, "N": 8, "data": "uniform", "cache": "cold", "baseline": CUBLAS}
-        return {**base, "case": case, "bits_w": bits, "us": us, "speedup_x": 12.0 / us, **given}
-
-    rows = [row("qkv", "8", 6.0), row("fc2", "8", 24.0), row("qkv", "6", 10.0), row("qkv", "3/4/6", 10.6)]
-    found = {
-        r["target"]: (r["bound"], r["measured"], r["result"]) for r in targets([*rows, row("qkv", "8", 1, cache="hot")])
-    }
-    assert found == {
-        f"W8 over {CUBLAS} at batch 64": (">= 1.2", pytest.approx(1.0), "not met"),
-        f"W6 over {CUBLAS} at batch 64": (">= 1.2", pytest.approx(1.2), "met"),
-        f"W3/4/6 over {CUBLAS} at batch 64": (">= 1.2", pytest.approx(12 / 10.6), "not met"),
-        "time of mixed widths over that of the widest alone, batch 64": ("<= 1.05", pytest.approx(1.06), "not met"),
-    }
-    (means,) = speedups(rows)
-    assert means["cold_x"] == pytest.approx(geometric_mean([2.0, 0.5, 1.2, 12 / 10.6]))
-    assert (means["cases"], means["hot_x"]) == (4, None)
-
-
-def test_the_cost_of_the_model_s_choice() -> None:
-    rows = [
-        {"case": "qkv", "batch": 1, "bits_w": "4", "tile": t, "rank": i, "us": us}
-        for i, t, us in ((1, "a", 6.0), (2, "b", 4.0))
-    ]
-    assert tile_choice(rows)[0]["cost_of_choice_x"] == 1.5
-    assert tile_choice(rows[1:])[0]["cost_of_choice_x"] is None
-
-
-def test_processes_give_what_comes_in_time() -> None:
-    assert dict(triton_stages.in_processes(str, [1, 2], 60, workers=1)) == {1: "1", 2: "2"}
-    assert dict(triton_stages.in_processes(str, [1], 0.0, workers=1)) == {}
-
-
-def test_a_process_that_dies_is_a_result() -> None:
-    ((_, why),) = triton_stages.in_processes(os._exit, [3], 60, workers=1)
-    assert why.startswith("BrokenProcessPool: ")
+    assert compile_one((LAYER, None), CPU, "cpu") == ""
+    assert compile_one((LAYER, None), CPU, "meta").startswith("linear_codes qkv w4 at batch 1: ")

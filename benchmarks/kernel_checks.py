@@ -1,39 +1,52 @@
-"""What must hold of the Triton backend on a GPU: the numbers, whatever tile, stream, graph or size.
+"""What must hold of a backend of our own kernels on a GPU: the numbers, whatever tile, stream, graph or size.
 
-The cases are those of the tests. Parts that compile much run in several processes.
+The cases are those of the tests. They and the tiles run in several processes: Triton compiles them, and a kernel that
+breaks the GPU context of its process breaks one.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.built_case import Built, call_arguments, why_wrong
 from benchmarks.device_check import CheckFailed, StageRun
-from benchmarks.triton_cases import AttentionCase, LinearCase, why_wrong
-from tests.conformance import Case, check_values, op_arguments
-from tests.numerics import CODE_KINDS, codes, integers, uniform
+from benchmarks.kernel_backend import KernelBackend, Layer, Tile
+from benchmarks.kernel_cases import AttentionCase, LinearCase
+from benchmarks.kernel_targets import FOUR_BIT
+from tests.conformance import check_values, op_arguments, reference_call
+from tests.numerics import CODE_KINDS, assert_bitwise_equal, codes, integers, uniform
 from tests.op_cases import ALL_CASES, weight_codes, zero_points
 from vitq_kernels.ops import reference, use_backend
-from vitq_kernels.ops.triton.launch import device_of
-from vitq_kernels.ops.triton.tiles import Problem, candidates
-from vitq_kernels.ops.triton.tuned import forced
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.spec import RowGroups
 
 KEPT_FAILURES = 20
 RESERVE_S = 8.0  # left to the stage when it stops
-PARTS_S = 40.0  # left to what comes after the cases of the tests
+PARTS = 0.22  # of the time is left to what comes after the cases of the tests
 DELAY_CLOCKS = 20_000_000  # about 10 ms on the stream, so that whoever does not wait reads what was there before
-# Windows of widths 3, 6, 4 and rows of several widths inside them; N and K are multiples of nothing convenient.
-TILE_MIXED = RowGroups(1000, tuple(itertools.islice(itertools.cycle((3, 2, 6, 4, 4, 3)), 16)), 64)
+# N and K are multiples of nothing convenient.
 TILE_UNIFORM = RowGroups.uniform(768, 4)
-TILE_SHAPES = {"mixed": (197, 1328, TILE_MIXED, "extreme"), "uniform": (197, 3072, TILE_UNIFORM, "one_sided")}
-TILE_PROBLEMS = {"mixed": (3, 4, 6), "uniform": (4,)}  # widths of their windows
+
+
+def _mixed(widths: Sequence[int]) -> RowGroups:
+    return RowGroups(1000, tuple(itertools.islice(itertools.cycle(widths), 16)), 64)
+
+
+# Layers on which every tile is tried, with the kind of their codes. Mixed: windows of widths 3, 6, 4 and rows of
+# several widths inside them, which a layout may store in another order; "in order": from the widest to the narrowest.
+TILE_SHAPES = {
+    "mixed": (Layer(197, 1328, _mixed((3, 2, 6, 4, 4, 3))), "extreme"),
+    "uniform": (Layer(197, 3072, TILE_UNIFORM), "one_sided"),
+    "mixed in order": (Layer(197, 1328, _mixed((6, 4, 3, 2))), "extreme"),
+    "4 bits": (Layer(197, 3072, TILE_UNIFORM, input_bits=4), "one_sided"),
+    "mixed, 4 bits": (Layer(197, 1328, _mixed((3, 2, 4, 4)), input_bits=4), "extreme"),
+}
 Task = tuple[str, Any]  # which check, and of what
 # Runs a function on tasks, leaves so many seconds, and yields (task, what was wrong) of those that came in time.
 Spread = Callable[[Callable[[Task], str], Sequence[Task], float], Iterable[tuple[Task, str]]]
@@ -43,10 +56,15 @@ REAL_LINEARS = tuple(
     for n, k in ((3072, 768), (768, 3072), (768, 768))
     for widths in ((8,), (4,), (3,), (6, 3, 4))
 )
+REAL_FOUR_BIT = tuple(
+    LinearCase(f"{n}x{k}", "linear_codes", 8, 8 * 197, n, k, widths, FOUR_BIT)
+    for n, k in ((3072, 768), (768, 3072))
+    for widths in ((4,), (4, 2, 3))
+)
 REAL_ATTENTIONS = tuple(AttentionCase(2, s, 12, 64) for s in (197, 577, 1025))
 
 
-def check_one(task: Task, backend: str = "triton", device: str = "cuda") -> str:
+def check_one(task: Task, backend: KernelBackend, device: str = "cuda") -> str:
     """Checks a case of the tests by its number, or a tile of the linear kernel; what was wrong, or nothing."""
     kind, what = task
     broken = _broken(device)
@@ -54,13 +72,25 @@ def check_one(task: Task, backend: str = "triton", device: str = "cuda") -> str:
         return f"not run: {broken}"
     try:
         if kind == "case":
-            check_values(ALL_CASES[what], backend, device, reference_floats=False)
+            check_values(ALL_CASES[what], backend.name, device, reference_floats=False)
         else:
-            with forced(what):
-                check_values(tile_case(kind), backend, device, reference_floats=False)
+            check_tile(kind, what, backend, device)
     except Exception as error:  # whatever a kernel does is the result of the check
         return f"{type(error).__name__}: {error}"[:500]
     return ""
+
+
+def check_tile(shape: str, tile: Tile, backend: KernelBackend, device: str) -> None:
+    """Asserts that a layer launched so gives the reference's codes, and is the problem that it was listed as.
+
+    So 4-bit products are used where the GPU has them and inputs and weight are narrow, and nowhere else.
+    """
+    case, layer = tile_case(shape), TILE_SHAPES[shape][0]
+    with use_backend(backend.name), backend.forced(tile), backend.asked() as problems:
+        actual = torch.ops.vitq.linear_codes(*call_arguments(case, device)).cpu()
+    expected = [backend.problem(layer, backend.gpu(device))]
+    assert problems == expected, f"the layer asked for a tile for {problems}, expected {expected}"
+    assert_bitwise_equal(actual, tile_outputs(shape))
 
 
 def _broken(device: str) -> str:
@@ -74,31 +104,39 @@ def _broken(device: str) -> str:
 
 
 @cache
-def tile_case(name: str) -> Case:
+def tile_case(name: str) -> Built:
     """The case on which tiles are tried: adversarial codes, outputs over the whole range."""
-    m, k, groups, kind = TILE_SHAPES[name]
-    a, weight = codes(kind, (m, k), seed=51), weight_codes("random", groups, k, seed=52)
+    layer, kind = TILE_SHAPES[name]
+    m, k, groups = layer.m, layer.k, layer.groups
+    a, weight = codes(kind, (m, k), layer.input_bits, seed=51), weight_codes("random", groups, k, seed=52)
     acc = reference.accumulate(a, [weight], None)
     bias_q = integers(-60, 60, (groups.rows,), seed=53) - acc.double().mean(0).int()
     multiplier = 160 * uniform(0.5, 1.5, (groups.rows,), seed=54) / (acc + bias_q).abs().amax(0).clamp_min(1)
     known = {"a": a, "weight": pack_weight(weight, groups), "multiplier": multiplier, "bias_q": bias_q}
-    return Case("linear_codes", f"tiles-{name}", known | {"zero_point": zero_points((groups.rows,), 8, 55), "bits": 8})
+    tail = {"zero_point": zero_points((groups.rows,), 8, 55), "bits": 8}
+    return Built("linear_codes", f"tiles-{name}", known | tail, layer.input_bits)
 
 
-def tile_tasks(device: str = "cuda") -> list[Task]:
-    """Every legal tile of both cases."""
-    gpu = device_of(torch.empty(0, device=device))
-    found: list[Task] = []
-    for name, (m, k, groups, _) in TILE_SHAPES.items():
-        problem = Problem(m, groups.rows, k, TILE_PROBLEMS[name], "codes")
-        found += [(name, tile) for tile in candidates(problem, gpu)]
-    return found
+@cache
+def tile_outputs(name: str) -> Tensor:
+    """What the reference gives of the case."""
+    return reference_call(tile_case(name))[0]
+
+
+def tile_tasks(backend: KernelBackend, device: str = "cuda") -> list[Task]:
+    """Every legal tile of the backend's shapes."""
+    gpu = backend.gpu(device)
+    return [
+        (name, tile)
+        for name in backend.shapes
+        for tile in backend.candidates(backend.problem(TILE_SHAPES[name][0], gpu), gpu)
+    ]
 
 
 class Checks:
     """One run of the checks; counts and failures are kept as they come."""
 
-    def __init__(self, run: StageRun, backend: str = "triton", device: str = "cuda") -> None:
+    def __init__(self, run: StageRun, backend: KernelBackend, device: str = "cuda") -> None:
         self.run, self.backend, self.device = run, backend, device
         self.failures: list[dict[str, str]] = []
         self.counts: dict[str, dict[str, Any]] = {}
@@ -115,7 +153,8 @@ class Checks:
     def spread(self, spread: Spread, tasks: Sequence[Task], reserve_s: float) -> None:
         """Runs tasks in other processes; those that did not come in time count as not run."""
         waiting = dict.fromkeys(tasks)
-        for task, why in spread(check_one, tasks, reserve_s):
+        check = partial(check_one, backend=self.backend, device=self.device)
+        for task, why in spread(check, tasks, reserve_s):
             del waiting[task]
             self.count(*_label(task), why)
         for task in waiting:
@@ -152,21 +191,22 @@ class Checks:
         """All parts: the tests' cases first, the tiles, of which there are most, last."""
         # Kinds of data follow each other in the list and share a kernel: one of each first, so that it compiles once.
         order = sorted(range(len(ALL_CASES)), key=lambda i: i % len(CODE_KINDS))
-        self.spread(spread, [("case", i) for i in order], RESERVE_S + PARTS_S)
+        self.spread(spread, [("case", i) for i in order], RESERVE_S + PARTS * self.run.limit_s)
         self.part("stream", "block on a stream of its own", self.check_stream)
         self.part("graph", "block replayed with other inputs", self.check_graph)
-        for real in (*REAL_LINEARS, *REAL_ATTENTIONS):
+        narrow = REAL_FOUR_BIT if any(TILE_SHAPES[name][0].input_bits == 4 for name in self.backend.shapes) else ()
+        for real in (*REAL_LINEARS, *narrow, *REAL_ATTENTIONS):
             self.part("real sizes", f"{real.op} {real.sizes}", lambda real=real: self.check_real(real))
-        self.spread(spread, tile_tasks(self.device), RESERVE_S)
+        self.spread(spread, tile_tasks(self.backend, self.device), RESERVE_S)
         self.conclude()
 
     def check_real(self, case: LinearCase | AttentionCase) -> str:
         """Bit-identical to the reference on the same GPU."""
-        return why_wrong(case.build(self.device), self.backend, self.device)
+        return why_wrong(case.build(self.device), self.backend.name, self.device)
 
     def check_stream(self) -> str:
         """Everything runs on the current stream: inputs come late on it, and outputs are read on it."""
-        with use_backend(self.backend):
+        with use_backend(self.backend.name):
             block = Block(self.device)
             given = block.input(1)
             expected = block(given)
@@ -182,7 +222,7 @@ class Checks:
 
     def check_graph(self) -> str:
         """A graph captured on one input and replayed on others gives what eager calls give."""
-        with use_backend(self.backend):
+        with use_backend(self.backend.name):
             block = Block(self.device)
             static = block.input(1)
             block(static)

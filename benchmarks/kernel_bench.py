@@ -1,4 +1,4 @@
-"""Measures the Triton backend on ViT-B/16: checks each kernel against the reference first, then times it.
+"""Measures a backend of our own kernels on ViT-B/16: checks each kernel against the reference first, then times it.
 
 The most valuable rows come first; what time does not allow is listed. ``timer`` and sizes are arguments, so that tests
 run all of it without a GPU.
@@ -12,36 +12,29 @@ from typing import Any
 
 import torch
 
+from benchmarks.built_case import Built, call_arguments, why_wrong
 from benchmarks.device_check import CheckFailed, StageRun
-from benchmarks.microbench import (
-    Peaks,
-    Row,
-    Timer,
-    Timing,
-    geometric_mean,
-    rotated,
-    select,
-    speedups,
-    target,
-)
-from benchmarks.triton_cases import CUBLAS, MIXED, AnyCase, AttentionCase, LinearCase, RowCase, why_wrong
-from tests.conformance import Case, op_arguments
+from benchmarks.kernel_backend import KernelBackend, Problem, Tile
+from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase, RowCase
+from benchmarks.kernel_targets import FOUR_BIT, four_bit, tile_choice
+from benchmarks.microbench import Peaks, Row, Timer, Timing, rotated, speedups
 from vitq_kernels.ops import use_backend
-from vitq_kernels.ops.triton.launch import device_of
-from vitq_kernels.ops.triton.tiles import Tile, rank
-from vitq_kernels.ops.triton.tuned import choose, forced
 
 TOKENS, CHANNELS, HEADS = 197, 768, 12  # ViT-B/16-224
 BATCHES = (64, 8, 1)  # the most valuable first
 WIDTHS = ((8,), (4,), (3,), MIXED, MIXED[:1])  # of weights; the widest of the mixed ones alone, to compare
 BEST_TILES = 5
 RESERVE_S = 10.0  # left when measuring stops
-TRITON_OVER_CUBLAS = 1.2  # ../shared/docs/kernels.md 5.1, Triton tier, batch 64 and more
-MIXED_OVER_WIDEST = 1.05  # ../shared/docs/kernels.md 5.1, widths
-Task = tuple[AnyCase, "Tile | None"]
+Task = tuple[AnyCase, Tile | None]
 
 
-def linear_cases(batch: int, tokens: int = TOKENS, channels: int = CHANNELS, data: str = "uniform") -> list[LinearCase]:
+def linear_cases(
+    batch: int,
+    tokens: int = TOKENS,
+    channels: int = CHANNELS,
+    data: str = "uniform",
+    widths: Sequence[tuple[int, ...]] = WIDTHS,
+) -> list[LinearCase]:
     """The four layers at every width, the widths of one layer together."""
     c, m = channels, batch * tokens
     layers = (
@@ -50,14 +43,16 @@ def linear_cases(batch: int, tokens: int = TOKENS, channels: int = CHANNELS, dat
         ("fc1", "linear_gelu_codes", 4 * c, c),
         ("fc2", "linear_residual", c, 4 * c),
     )
-    return [LinearCase(name, op, batch, m, n, k, widths, data) for name, op, n, k in layers for widths in WIDTHS]
+    return [LinearCase(name, op, batch, m, n, k, bits, data) for name, op, n, k in layers for bits in widths]
 
 
-def plan() -> list[AnyCase]:
-    """Every case of the stage, the most valuable first."""
+def plan(with_4bit_products: bool = False) -> list[AnyCase]:
+    """Every case of the stage, the most valuable first; W4A4 where it is another product than W4A8."""
     cases: list[AnyCase] = []
     for batch in BATCHES:
         cases += linear_cases(batch)
+        if with_4bit_products:
+            cases += linear_cases(batch, data=FOUR_BIT, widths=((4,),))
         cases += [AttentionCase(batch, s, HEADS, CHANNELS // HEADS) for s in (197, 577)]
         cases += [RowCase(op, batch, batch * TOKENS, CHANNELS) for op in ("layernorm", "quantize")]
         if batch == BATCHES[0]:
@@ -81,11 +76,11 @@ class Bench:
     """One run of the measurements; the rows are kept as they come."""
 
     def __init__(
-        self, run: StageRun, backend: str, device: str, timer: Timer, peaks: Peaks | None, l2_bytes: int
+        self, run: StageRun, backend: KernelBackend, device: str, timer: Timer, peaks: Peaks | None, l2_bytes: int
     ) -> None:
         self.run, self.backend, self.device, self.timer = run, backend, device, timer
         self.peaks, self.l2_bytes = peaks, l2_bytes
-        self.gpu = device_of(torch.empty(0, device=device))
+        self.gpu = backend.gpu(device)
         self.rows: list[Row] = []
         self.tile_rows: list[Row] = []
         self.wrong: list[Row] = []
@@ -128,19 +123,21 @@ class Bench:
 
     def keep(self) -> None:
         """Keeps the rows and what follows from them."""
+        w4a4 = four_bit(self.rows)
         self.run.keep(
-            targets=targets(self.rows),
+            targets=self.backend.targets(self.rows, self.gpu),
             speedups=speedups(self.rows),
             tile_choice=tile_choice(self.tile_rows),
+            **({"four_bit": w4a4} if w4a4 else {}),
             wrong=self.wrong,
             skipped_baselines=self.skipped,
             rows=self.rows,
             tiles=self.tile_rows,
         )
 
-    def checked(self, case: AnyCase, built: Case, tile: Tile | None = None) -> bool:
+    def checked(self, case: AnyCase, built: Built, tile: Tile | None = None) -> bool:
         """Whether the kernel gives the reference's numbers; writes down if it does not."""
-        why = why_wrong(built, self.backend, self.device)
+        why = why_wrong(built, self.backend.name, self.device)
         if why:
             name = f"{_name(case)}{f', {tile}' if tile else ''}"
             self.wrong.append({"case": name, "why": why})
@@ -151,10 +148,10 @@ class Bench:
         built = case.build(self.device)
         if not self.checked(case, built):
             return
-        tile = str(choose(case.problem, self.gpu)) if isinstance(case, LinearCase) and self.backend == "triton" else ""
+        tile = str(self.backend.choose(self.problem(case), self.gpu)) if isinstance(case, LinearCase) else ""
         caches = ("cold", "hot") if case.data == "uniform" else ("cold",)
-        with use_backend(self.backend):
-            ours = self.timed(getattr(torch.ops.vitq, case.op), op_arguments(built, self.device), caches)
+        with use_backend(self.backend.name):
+            ours = self.timed(getattr(torch.ops.vitq, case.op), call_arguments(built, self.device), caches)
         baselines = self.baselines(case, built, caches)
         for cache, found in zip(caches, ours, strict=True):
             row = {"op": case.op, "case": case.case, "batch": case.batch, **case.sizes, "cache": cache, "tile": tile}
@@ -169,7 +166,7 @@ class Bench:
         calls = rotated(function, arguments, self.l2_bytes)
         return [self.timer(calls if cache == "cold" else calls[:1]) for cache in caches]
 
-    def baselines(self, case: AnyCase, built: Case, caches: Sequence[str]) -> dict[str, list[Timing] | None]:
+    def baselines(self, case: AnyCase, built: Built, caches: Sequence[str]) -> dict[str, list[Timing] | None]:
         """Times of the baselines, measured once for all widths of a layer; None where torch cannot run one here."""
         key = (case.op, case.case, case.batch, case.data)
         if key not in self.baseline_us:
@@ -186,32 +183,40 @@ class Bench:
     def tiles(self, case: LinearCase) -> None:
         """Times the tiles that the cost model likes best beside what it says of them, with cold buffers."""
         built = case.build(self.device)
-        for place, (tile, predicted_us) in enumerate(rank(case.problem, self.gpu)[:BEST_TILES], 1):
-            with forced(tile):
+        for place, (tile, predicted_us) in enumerate(self.backend.rank(self.problem(case), self.gpu)[:BEST_TILES], 1):
+            with self.backend.forced(tile):
                 if not self.checked(case, built, tile):
                     continue
-                with use_backend(self.backend):
-                    arguments = op_arguments(built, self.device)
+                with use_backend(self.backend.name):
+                    arguments = call_arguments(built, self.device)
                     (found,) = self.timed(getattr(torch.ops.vitq, case.op), arguments, ("cold",))
             row = {"case": case.case, "batch": case.batch, **case.sizes, "tile": str(tile), "rank": place}
             ratio = {"predicted_us": predicted_us, "measured_over_predicted_x": found.us / predicted_us}
             self.tile_rows.append(row | vars(found) | ratio)
 
+    def problem(self, case: LinearCase) -> Problem:
+        """The case as the backend's choice of a tile sees it."""
+        return self.backend.problem(case.layer, self.gpu)
 
-def compile_tasks(cases: Sequence[AnyCase], tiled: Sequence[LinearCase], device: str = "cuda") -> list[Task]:
+
+def compile_tasks(
+    cases: Sequence[AnyCase], tiled: Sequence[LinearCase], backend: KernelBackend, device: str = "cuda"
+) -> list[Task]:
     """What ``Bench.measure`` needs compiled, in its order; the distribution of the codes changes nothing."""
-    gpu = device_of(torch.empty(0, device=device))
+    gpu = backend.gpu(device)
     tasks: list[Task] = [(case, None) for case in cases if case.data == "uniform"]
-    return tasks + [(case, tile) for case in tiled for tile, _ in rank(case.problem, gpu)[:BEST_TILES]]
+    for case in tiled:
+        tasks += [(case, tile) for tile, _ in backend.rank(backend.problem(case.layer, gpu), gpu)[:BEST_TILES]]
+    return tasks
 
 
-def compile_one(task: Task, backend: str = "triton", device: str = "cuda") -> str:
-    """Runs a case once, which leaves its kernels in Triton's cache; what went wrong, or an empty string."""
+def compile_one(task: Task, backend: KernelBackend, device: str = "cuda") -> str:
+    """Runs a case once, which leaves its kernels in the compiler's cache; what went wrong, or an empty string."""
     case, tile = task
     try:
         built = case.build(device)
-        with use_backend(backend), forced(tile):
-            getattr(torch.ops.vitq, case.op)(*op_arguments(built, device))
+        with use_backend(backend.name), backend.forced(tile):
+            getattr(torch.ops.vitq, case.op)(*call_arguments(built, device))
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:  # ``Bench.checked`` meets it again and reports it
@@ -223,36 +228,3 @@ def _name(case: AnyCase) -> str:
     widths = f" w{case.sizes['bits_w']}" if case.sizes["bits_w"] else ""
     data = "" if case.data == "uniform" else f" {case.data}"
     return f"{case.op} {case.case}{widths}{data} at batch {case.batch}"
-
-
-def targets(rows: Sequence[Row]) -> list[Row]:
-    """The Triton tier's targets on uniform codes and cold buffers; means over the four layers."""
-    cold = select(rows, cache="cold", data="uniform")
-    found = []
-    largest = max((row["batch"] for row in cold), default=0)
-    for bits in dict.fromkeys(row["bits_w"] for row in select(cold, baseline=CUBLAS, batch=largest)):
-        group = select(cold, baseline=CUBLAS, batch=largest, bits_w=bits)
-        value = geometric_mean([row["speedup_x"] for row in group if row["speedup_x"]])
-        name = f"W{bits} over {CUBLAS} at batch {largest}"
-        found.append(target(name, value, TRITON_OVER_CUBLAS, at_least=True))
-    for batch in dict.fromkeys(row["batch"] for row in cold):
-        here = {(row["case"], row["bits_w"]): row["us"] for row in select(cold, batch=batch) if row.get("N")}
-        ratios = [
-            us / here[layer, bits.split("/")[-1]]
-            for (layer, bits), us in here.items()
-            if "/" in bits and (layer, bits.split("/")[-1]) in here
-        ]
-        name = f"time of mixed widths over that of the widest alone, batch {batch}"
-        found.append(target(name, geometric_mean(ratios), MIXED_OVER_WIDEST, at_least=False))
-    return found
-
-
-def tile_choice(rows: Sequence[Row]) -> list[Row]:
-    """What the model's first tile costs over the best that was measured of its five."""
-    result = []
-    for case, batch, bits in dict.fromkeys((row["case"], row["batch"], row["bits_w"]) for row in rows):
-        group = select(rows, case=case, batch=batch, bits_w=bits)
-        first, best = select(group, rank=1), min(group, key=lambda row: row["us"])
-        cost = first[0]["us"] / best["us"] if first else None
-        result.append({"case": case, "batch": batch, "bits_w": bits, "best": best["tile"], "cost_of_choice_x": cost})
-    return result

@@ -1,4 +1,4 @@
-"""What is measured of the Triton backend: ViT-B's layers with their data, what they must equal, what they compete with.
+"""What is measured of our kernels: ViT-B's layers with their data, and what they compete with.
 
 A case is plain data, so that a process that compiles can have it. Its ``build`` makes the tensors by one seed.
 """
@@ -15,26 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.built_case import Built
+from benchmarks.kernel_backend import Layer
+from benchmarks.kernel_targets import (
+    CUBLAS,
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    FOUR_BIT,
+    INT_MM,
+    TORCH_LAYERNORM,
+    TORCH_QUANTIZE,
+    UNFUSED,
+)
 from benchmarks.microbench import Work
-from tests.conformance import EXACT_OPS, Case, op_arguments, op_call
-from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close
-from vitq_kernels.ops import reference, use_backend
-from vitq_kernels.ops.bit_planes import place_rows
-from vitq_kernels.ops.triton.tiles import Problem
-from vitq_kernels.packing import PackedWeight, pack_weight, unpack_weight
+from vitq_kernels.packing import pack_weight, unpack_weight
 from vitq_kernels.spec import QuantFormat, RowGroups
 
 SEED = 20
 MIXED = (6, 3, 4)  # widths of a mixed layer's windows, in turn; the widest first
-EPILOGUES = {"linear_codes": "codes", "linear_gelu_codes": "gelu_codes", "linear_residual": "residual"}
 SDPA = {
-    "SDPA flash fp16": SDPBackend.FLASH_ATTENTION,
-    "SDPA cudnn fp16": SDPBackend.CUDNN_ATTENTION,
-    "SDPA efficient fp16": SDPBackend.EFFICIENT_ATTENTION,
+    FLASH: SDPBackend.FLASH_ATTENTION,
+    CUDNN: SDPBackend.CUDNN_ATTENTION,
+    EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
 }
-CUBLAS, INT_MM = "bf16 F.linear (cuBLAS)", "torch._int_mm alone"
-UNFUSED = "quantize + _int_mm + dequantize (eager torch)"
-TORCH_LAYERNORM, TORCH_QUANTIZE = "LayerNorm + quantize (eager torch)", "quantize (eager torch)"
 # name -> function and arguments
 Baselines = dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]]
 
@@ -50,7 +54,13 @@ class LinearCase:
     n: int
     k: int
     widths: tuple[int, ...]  # of windows of 128 rows, in turn
-    data: str = "uniform"  # the whole range; "gaussian": bell-shaped codes; "one_sided": activations in 64..127
+    # The whole range; "gaussian": bell-shaped codes; "one_sided": activations in 64..127; "four_bit": in -8..7.
+    data: str = "uniform"
+
+    @property
+    def input_bits(self) -> int:
+        """Width of the activations."""
+        return 4 if self.data == FOUR_BIT else 8
 
     @property
     def groups(self) -> RowGroups:
@@ -59,10 +69,9 @@ class LinearCase:
         return RowGroups(self.n, tuple(self.widths[i % len(self.widths)] for i in range(count)), 128)
 
     @property
-    def problem(self) -> Problem:
+    def layer(self) -> Layer:
         """As the choice of a tile sees it."""
-        windows = place_rows(self.groups)[1]
-        return Problem(self.m, self.n, self.k, tuple(sorted(set(windows))), EPILOGUES[self.op])
+        return Layer(self.m, self.k, self.groups, self.op, self.input_bits)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -73,12 +82,13 @@ class LinearCase:
     @property
     def work(self) -> Work:
         """Operations of the product."""
-        return Work(int8_ops=2.0 * self.m * self.n * self.k)
+        ops = 2.0 * self.m * self.n * self.k
+        return Work(int4_ops=ops) if self.data == FOUR_BIT else Work(int8_ops=ops)
 
-    def build(self, device: str) -> Case:
+    def build(self, device: str) -> Built:
         """Arguments by seed; outputs fill their range without much saturation."""
         generator = torch.Generator(device).manual_seed(SEED)
-        a = _codes(self.data, (self.m, self.k), 8, generator)
+        a = _codes(self.data, (self.m, self.k), self.input_bits, generator)
         groups, weight = self.groups, torch.empty(self.n, self.k, dtype=torch.int8, device=device)
         row_bits = torch.tensor(groups.row_bits(), device=device)
         for bits in sorted(set(groups.bits)):
@@ -102,9 +112,9 @@ class LinearCase:
             known |= {"inv_scale": inv_scale, "zero_point": zero_point - 100, "bits": 8, "approximate": "none"}
         else:
             known |= {"zero_point": zero_point, "bits": 8}
-        return Case(self.op, self.case, known)
+        return Built(self.op, self.case, known, self.input_bits)
 
-    def baselines(self, built: Case) -> Baselines:
+    def baselines(self, built: Built) -> Baselines:
         """cuBLAS in bf16 and the two ways to cuBLASLt's int8 product, on the same codes."""
         a, weight = built.arguments["a"], unpack_weight(built.arguments["weight"])
         x, w, bias = (t.to(torch.bfloat16) / 64 for t in (a, weight, built.arguments["bias_q"]))
@@ -143,7 +153,7 @@ class AttentionCase:
         ops = 2.0 * self.batch * self.heads * self.s**2 * self.head_dim
         return Work(int8_ops=ops, f16_ops=ops)
 
-    def build(self, device: str) -> Case:
+    def build(self, device: str) -> Built:
         """Arguments by seed; codes of the softmax fill their range."""
         generator, (h, d) = torch.Generator(device).manual_seed(SEED), (self.heads, self.head_dim)
         qkv = _codes(self.data, (self.batch, self.s, 3, h, d), 8, generator)
@@ -162,9 +172,9 @@ class AttentionCase:
             "inv_tau": None,
             "bits": 8,
         }
-        return Case(self.op, self.case, arguments)
+        return Built(self.op, self.case, arguments)
 
-    def baselines(self, built: Case) -> Baselines:
+    def baselines(self, built: Built) -> Baselines:
         """Each fused backend of scaled_dot_product_attention on float16 views of one tensor."""
         qkv = torch.stack([built.arguments[name].transpose(1, 2) for name in "qkv"], 2).half() / 64
         views = tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
@@ -196,7 +206,7 @@ class RowCase:
         """Bytes: float16 in, int8 out."""
         return Work(bytes=3.0 * self.m * self.k)
 
-    def build(self, device: str) -> Case:
+    def build(self, device: str) -> Built:
         """Arguments by seed."""
         x = torch.randn(self.m, self.k, generator=torch.Generator(device).manual_seed(SEED), device=device).half()
         scale = torch.full((self.k,), 40.0, device=device)
@@ -204,9 +214,9 @@ class RowCase:
         tail: dict[str, Any] = {"inv_scale": scale, "zero_point": zero_point}
         if self.op == "layernorm":
             tail = {"gain": scale, "offset": torch.full((self.k,), 0.25, device=device), "eps": 1e-6}
-        return Case(self.op, self.case, {"x": x, **tail, "bits": 8})
+        return Built(self.op, self.case, {"x": x, **tail, "bits": 8})
 
-    def baselines(self, built: Case) -> Baselines:
+    def baselines(self, built: Built) -> Baselines:
         """The same by torch's own ops."""
         x = built.arguments["x"]
         if self.op == "quantize":
@@ -247,39 +257,3 @@ def _unfused_linear(x: Tensor, inv_scale: float, weight: Tensor, multiplier: Ten
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
-
-
-def why_wrong(built: Case, backend: str, device: str) -> str:
-    """How a backend's outputs differ from the reference backend's on the same device, or an empty string.
-
-    Of attention the first and the last image are compared: the reference keeps all scores in float64.
-    """
-    compared, ends = built, [0, -1]
-    if built.op == "attention":
-        compared = Case(built.op, built.label, built.arguments | {n: built.arguments[n][ends] for n in "qkv"})
-    try:
-        expected = op_call(compared, "reference", device)[0]
-        with use_backend(backend):
-            arguments, function = op_arguments(built, device), getattr(torch.ops.vitq, built.op)
-            actual = function(*arguments)
-            # Freed memory is what the next output of this size gets: what a kernel leaves unwritten is 0x5A, no result.
-            actual.view(torch.uint8).fill_(0x5A)
-            del actual
-            actual = function(*arguments)
-        _compare(built, actual if built is compared else actual[ends], expected)
-    except Exception as error:  # a kernel that does not compile or launch here is as wrong as one that differs
-        return f"{type(error).__name__}: {error}"[:500]
-    return ""
-
-
-def _compare(built: Case, actual: Tensor, expected: Tensor) -> None:
-    if built.op in EXACT_OPS:
-        assert_bitwise_equal(actual, expected)
-    elif expected.dtype == torch.int8:
-        assert_codes_close(actual, expected)
-    else:
-        given = built.arguments
-        weight: PackedWeight = given["weight"]
-        acc = reference.accumulate(given["a"], [unpack_weight(weight)], given["bias_q"])
-        exact = given["residual"].double() + acc.double() * given["multiplier"].double()
-        assert_reals_close(actual, exact, expected)

@@ -1,0 +1,68 @@
+"""A case with its tensors: how a backend is called on it, and whether it gives the reference's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.conformance import EXACT_OPS, Case, op_arguments, op_call
+from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close
+from vitq_kernels.ops import prepare_weight, reference, use_backend
+from vitq_kernels.packing import PackedWeight, unpack_weight
+from vitq_kernels.spec import MAX_BITS
+
+
+@dataclass(frozen=True)
+class Built(Case):
+    """A case whose tensors are made."""
+
+    input_bits: int = MAX_BITS  # a linear layer's weight is prepared for codes of so many
+
+
+def call_arguments(built: Built, device: str) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.vitq.<op>``, weights prepared for the backend in use."""
+    given = list(op_arguments(built, device))
+    if built.input_bits < MAX_BITS:
+        place, weight = list(built.arguments).index("weight"), built.arguments["weight"]
+        moved = replace(weight, data=weight.data.to(device), row_order=weight.row_order.to(device))
+        given[place], given[place + 1] = prepare_weight(moved, built.input_bits)[::-1]
+    return tuple(given)
+
+
+def why_wrong(built: Built, backend: str, device: str) -> str:
+    """How a backend's outputs differ from the reference backend's on the same device, or an empty string.
+
+    Of attention the first and the last image are compared: the reference keeps all scores in float64.
+    """
+    compared, ends = built, [0, -1]
+    if built.op == "attention":
+        compared = replace(built, arguments=built.arguments | {n: built.arguments[n][ends] for n in "qkv"})
+    try:
+        expected = op_call(compared, "reference", device)[0]
+        with use_backend(backend):
+            arguments, function = call_arguments(built, device), getattr(torch.ops.vitq, built.op)
+            actual = function(*arguments)
+            # Freed memory is what the next output of this size gets: what a kernel leaves unwritten is 0x5A, no result.
+            actual.view(torch.uint8).fill_(0x5A)
+            del actual
+            actual = function(*arguments)
+        _compare(built, actual if built is compared else actual[ends], expected)
+    except Exception as error:  # a kernel that does not compile or launch here is as wrong as one that differs
+        return f"{type(error).__name__}: {error}"[:500]
+    return ""
+
+
+def _compare(built: Case, actual: Tensor, expected: Tensor) -> None:
+    if built.op in EXACT_OPS:
+        assert_bitwise_equal(actual, expected)
+    elif expected.dtype == torch.int8:
+        assert_codes_close(actual, expected)
+    else:
+        given = built.arguments
+        weight: PackedWeight = given["weight"]
+        acc = reference.accumulate(given["a"], [unpack_weight(weight)], given["bias_q"])
+        exact = given["residual"].double() + acc.double() * given["multiplier"].double()
+        assert_reals_close(actual, exact, expected)

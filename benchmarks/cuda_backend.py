@@ -1,0 +1,38 @@
+"""The CUDA backend for the stages. Its kernels were compiled when the package was installed."""
+
+from __future__ import annotations
+
+from benchmarks.kernel_backend import KernelBackend, Layer
+from benchmarks.kernel_targets import cuda_targets
+from vitq_kernels.ops.cuda.launch import gpu_of
+from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Gpu, Problem, asked, candidates, choose, forced, rank
+from vitq_kernels.ops.mma_fragments import place_rows
+
+
+def problem(layer: Layer, gpu: Gpu) -> Problem:
+    """As the choice of a plan sees it; 4-bit products where neither side has more bits and the GPU has them."""
+    rows = layer.groups.rows
+    order, widths = place_rows(layer.groups)
+    native4 = layer.input_bits <= 4 and max(widths) <= 4 and has_4bit_products(gpu)
+    return Problem(layer.m, rows, layer.k, max(widths), order[:rows] != list(range(rows)), native4)
+
+
+def has_4bit_products(gpu: Gpu) -> bool:
+    """Whether its tensor cores multiply 4-bit codes."""
+    return gpu.cc in NATIVE_4BIT
+
+
+CUDA = KernelBackend(
+    name="cuda",
+    gpu_of=gpu_of,
+    problem=problem,
+    candidates=candidates,
+    rank=rank,
+    choose=choose,
+    forced=forced,
+    asked=asked,
+    targets=cuda_targets,
+    shapes=("mixed", "uniform", "mixed in order", "4 bits", "mixed, 4 bits"),
+    has_4bit_products=has_4bit_products,
+    compiles=False,
+)

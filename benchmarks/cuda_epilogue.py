@@ -1,0 +1,199 @@
+"""How the outputs of a GEMM's tile leave: a warp's instructions after the loops, straight to memory and reordered.
+
+The way through the machine code is the one of whole tiles: every row and token inside, wide stores, no residual and no
+scale a token; float32 where outputs are real.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from benchmarks.cuda_sass import Instruction, Kernel, count
+from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, TILES, Tile
+
+SCALAR_STORES = ("STG.E", "STG.E.U8", "STG.E.U16")
+Pipes = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions without a jump into or out of them, and what may follow."""
+
+    body: tuple[Instruction, ...]
+    following: tuple[int, ...]  # addresses; none: the end
+
+
+def blocks(kernel: Kernel) -> dict[int, Block]:
+    """The basic blocks, by the address of their first instruction."""
+    listing = kernel.instructions
+    starts = {listing[0].address}
+    for here, after in itertools.pairwise(listing):
+        target = _target(here)
+        starts |= {target} if target is not None else set()
+        starts |= {after.address} if _jumps(here) else set()
+    found, body = {}, []
+    for here, after in zip(listing, [*listing[1:], None], strict=True):
+        body.append(here)
+        if after is not None and after.address not in starts:
+            continue
+        target, following = _target(here), []
+        if target is not None:
+            following.append(target)
+        # "@P0 BRA", and "BRA P0", go on where the predicate is false.
+        maybe = bool(here.predicate) or bool(re.match(r"\s*!?U?P\d", here.operands))
+        if after is not None and (not _jumps(here) or maybe):
+            following.append(after.address)
+        found[body[0].address] = Block(tuple(body), tuple(following))
+        body = []
+    return found
+
+
+def best_path(graph: dict[int, Block], start: int, value: Callable[[Instruction], int]) -> list[Instruction]:
+    """The way to the end whose instructions are worth the most; a loop's body is gone through once."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * len(graph)))
+    known: dict[int, tuple[int, list[int]] | None] = {}
+    on_way: set[int] = set()
+
+    def go(at: int) -> tuple[int, list[int]] | None:
+        if at in known:
+            return known[at]
+        block = graph[at]
+        own = sum(map(value, block.body))
+        last = block.body[-1]
+        if last.name == "EXIT" and not last.predicate:
+            known[at] = own, [at]
+            return known[at]
+        on_way.add(at)
+        ways = [way for f in block.following if f in graph and f not in on_way and (way := go(f)) is not None]
+        on_way.discard(at)
+        best = max(ways, key=lambda way: way[0], default=None)
+        known[at] = None if best is None else (own + best[0], [at, *best[1]])
+        return known[at]
+
+    way = go(start)
+    if way is None:
+        raise ValueError("no way to the end")
+    return [instruction for at in way[1] for instruction in graph[at].body]
+
+
+def direct_value(instruction: Instruction) -> int:
+    """Wide stores of whole tiles, nothing through shared memory."""
+    if instruction.name.startswith(("STS", "BAR")):
+        return -20000
+    return _value(instruction)
+
+
+def reordered_value(instruction: Instruction) -> int:
+    """Everything through shared memory."""
+    return 2000 if instruction.name.startswith("STS") else _value(instruction)
+
+
+def _value(instruction: Instruction) -> int:
+    if instruction.name in SCALAR_STORES:
+        return -10000
+    if instruction.name.startswith("STG"):
+        return 5000
+    return -3000 if instruction.name == "LDG.E.128" else -1  # a residual
+
+
+def after_loops(kernel: Kernel) -> int:
+    """Where the code behind the last loop that multiplies begins."""
+    ends = [loop[-1].address for loop in kernel.loops() if any(i.name.startswith("IMMA") for i in loop)]
+    return next(i.address for i in kernel.instructions if i.address > max(ends))
+
+
+def pipes(body: Iterable[Instruction], warps: float, shared: float = 0.0) -> Pipes:
+    """Clocks of an SM that ``warps`` warps keep each pipe busy; ``shared``: those of shared memory, as they are."""
+    listed = list(body)
+    classes = count(listed)
+    slow = sum(instruction.name.split(".")[0] in ("I2F", "F2I", "MUFU") for instruction in listed)
+    return {
+        "issue": len(listed) * warps / 4,
+        "alu": classes["ALU"] * warps / 2,
+        "fma": classes["FMA"] * warps / 2,
+        "conversion": slow * warps * 2,
+        "shared": shared,
+    }
+
+
+def ways_out(kernel: Kernel, tile: Tile, shared: float) -> tuple[Pipes, Pipes, Pipes]:
+    """Clocks of a tile's direct way; of the reordered one until the first barrier; and of all that follows there.
+
+    Args:
+        kernel: a GEMM with the 8-bit products.
+        tile: its tile.
+        shared: clocks of shared memory of the reordered way.
+    """
+    graph, start = blocks(kernel), after_loops(kernel)
+    warps = tile.threads // 32
+    direct = best_path(graph, start, direct_value)
+    parts: list[list[Instruction]] = [[]]  # head, then write and read in turn, a pair a pass
+    for instruction in best_path(graph, start, reordered_value):
+        parts[-1].append(instruction)
+        if instruction.name.startswith("BAR"):
+            parts.append([])
+    writers = tile.rows // GROUP_ROWS  # warps: of a pass only those of its tokens write
+    units = tile.rows * 8 // 8  # 8 rows of 4 of 32 tokens: the loop of store_staged
+    total: Counter[str] = Counter()
+    for part in parts[1::2]:
+        total.update(pipes(part, writers))
+    for part in parts[2::2]:
+        total.update(pipes(part, units / 32))
+    return pipes(direct, warps), pipes(parts[0], warps), {**total, "shared": shared}
+
+
+def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> float:
+    """Clocks of shared memory that a tile's reordered outputs take, bank conflicts of a random order included.
+
+    As store_through_shared and store_staged of csrc/gemm_store.cuh access it: for 4 tokens of a row a write of 4 or 16
+    bytes, and as many reads back.
+    """
+    stride = 9 if not words else 36  # words of a staged row, staged_stride
+    size = 4 if words else 1  # words of an access
+    order = random.Random(seed).sample(range(256), 256)
+    clocks = 0
+    for warp in range(4):
+        for i in range(16):
+            for part in range(0, 32, 32 // size):  # 16 bytes a lane move 8 lanes at a time
+                banks: dict[int, set[int]] = {}
+                for lane in range(part, part + 32 // size):
+                    first = order[64 * warp + 16 * (lane % 4) + i] * stride + lane // 4 * size
+                    for word in range(first, first + size):
+                        banks.setdefault(word % 32, set()).add(word)
+                clocks += max(map(len, banks.values()))
+    passes = tile.tokens // 32
+    reads = 256 * 32 * (4 if words else 1) // 128
+    return passes * (clocks + reads)
+
+
+def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:
+    """Epilogue and tile of a GEMM with 8-bit products, None for others."""
+    match = re.match(r"gemm_kernel<(\w+), s8, (\d+)x(\d+)>", kernel.name)
+    if match is None:
+        return None
+    return match.group(1), next(t for t in TILES if (t.rows, t.tokens) == (int(match.group(2)), int(match.group(3))))
+
+
+def _jumps(instruction: Instruction) -> bool:
+    return instruction.name.split(".")[0] in ("BRA", "EXIT", "RET") or _calls(instruction) is not None
+
+
+def _calls(instruction: Instruction) -> int | None:
+    # CALL.REL.NOINC within a kernel is a jump; real calls are of the division's subroutine, before the loops.
+    if not instruction.name.startswith("CALL.REL"):
+        return None
+    target = re.search(r"0x([0-9a-f]+)", instruction.operands)
+    return int(target.group(1), 16) if target else None
+
+
+def _target(instruction: Instruction) -> int | None:
+    if instruction.name.startswith("BRA"):
+        target = re.search(r"0x([0-9a-f]+)", instruction.operands)
+        return int(target.group(1), 16) if target else None
+    return _calls(instruction)
