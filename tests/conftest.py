@@ -83,7 +83,7 @@ def _usable(request: pytest.FixtureRequest) -> BackendCase:
 
 
 def _not_emulated() -> str | None:
-    """A process has one module: where a GPU can have it, the emulation needs a run of its own, with the variable set."""
+    """A process has one module: where a GPU can have it, the emulation needs a run of its own, variable set."""
     return "cuda is compiled in this process" if EMULATED not in os.environ and _not_built() is None else None
 
 
