@@ -54,9 +54,8 @@ def fake_nvcc(folder: Path, version: str, builds: bool = True) -> Path:
     """An nvcc that says its version, and fails at anything else."""
     path = folder / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
-    path.write_text(
-        f"#!/bin/sh\n[ \"$1\" = --version ] && echo 'release, V{version}' && exit {int(not builds)}\nexit 3\n"
-    )
+    says = f"echo 'release, V{version}' && exit {int(not builds)}"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && {says}\necho "k.cu(1): error: no such kernel"\nexit 3\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -202,7 +201,7 @@ def test_a_compiler_that_fails(project: Path, tmp_path: Path, mode: str, install
         assert "warning: vitq_kernels is installed without its CUDA kernels" in done.stdout + done.stderr
         record = json.loads((package / "_cuda_build.json").read_text())
         assert not record["built"]
-        assert "ninja" in record["reason"]
+        assert record["reason"] == "k.cu(1): error: no such kernel"
     else:
         assert "VITQ_BUILD_CUDA=1, but vitq_kernels._cuda was not built" in done.stdout + done.stderr
 
@@ -231,6 +230,11 @@ def test_the_record_in_words(record: object, said: str, tmp_path: Path, monkeypa
         (tmp_path / "_cuda_build.json").write_text(json.dumps(record))
     monkeypatch.setattr(extension, "files", lambda package: tmp_path)
     assert extension.build_record() == said
+
+
+def test_the_build_of_this_package_did_not_fail() -> None:
+    """Else the tests of the compiled code would only be skipped."""
+    assert not extension.build_record().startswith("the build failed")
 
 
 def test_an_extension_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
