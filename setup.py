@@ -1,4 +1,4 @@
-"""Build entry point: the metadata is in pyproject.toml; here the CUDA extension is built (docs/building.md), no torch."""
+"""Build entry point: the CUDA extension is built here, without torch (docs/building.md). Metadata: pyproject.toml."""
 
 import importlib.util
 import json
