@@ -241,11 +241,11 @@ def test_an_extension_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(extension.EMULATION_VARIABLE, raising=False)
     monkeypatch.setitem(sys.modules, "vitq_kernels._cuda", None)
     monkeypatch.setattr(extension, "build_record", lambda: "the build failed: no nvcc")
-    extension.module.cache_clear()
+    extension._module.cache_clear()
     cuda.gpu_reason.cache_clear()
     try:
         assert extension.state() == "no: vitq_kernels._cuda is not built: the build failed: no nvcc"
         assert cuda.unavailable("cuda") == "vitq_kernels._cuda is not built: the build failed: no nvcc"
     finally:
-        extension.module.cache_clear()
+        extension._module.cache_clear()
         cuda.gpu_reason.cache_clear()

@@ -19,14 +19,17 @@ def emulated() -> bool:
     return bool(os.environ.get(EMULATION_VARIABLE))
 
 
-@cache
 def module() -> ModuleType:
     """The extension, or its emulation where the environment names one.
 
     Raises:
         ImportError: it was not built, or cannot be loaded; the message says why.
     """
-    path = os.environ.get(EMULATION_VARIABLE)
+    return _module(os.environ.get(EMULATION_VARIABLE, ""))
+
+
+@cache  # by path: a process may ask for the extension first, and for the emulation later
+def _module(path: str) -> ModuleType:
     if not path:
         try:
             return importlib.import_module("vitq_kernels._cuda")
