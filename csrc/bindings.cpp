@@ -51,22 +51,23 @@ PYBIND11_MODULE(_cuda, module) {
   define(module, "quantize_patches", &vitq::quantize_patches);
   define(module, "quantize_per_token", &vitq::quantize_per_token);
   define(module, "layernorm", &vitq::layernorm);
-  py::class_<vitq::AttentionOperand>(module, "AttentionOperand")
+  // Local: the emulation, another module of this code, may be loaded beside it.
+  py::class_<vitq::AttentionOperand>(module, "AttentionOperand", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t position) {
         return vitq::AttentionOperand{reinterpret_cast<const int8_t*>(data), batch, head, position};
       }));
-  py::class_<vitq::AttentionBias>(module, "AttentionBias")
+  py::class_<vitq::AttentionBias>(module, "AttentionBias", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t query, int64_t key) {
         return vitq::AttentionBias{reinterpret_cast<const int32_t*>(data), batch, head, query, key};
       }));
   define(module, "attention", &vitq::attention);
   using Address = std::optional<uintptr_t>;
-  py::class_<vitq::LinearWeight>(module, "LinearWeight")
+  py::class_<vitq::LinearWeight>(module, "LinearWeight", py::module_local())
       .def(py::init([](Address chunks, Address groups, Address order, int group_count, int steps, int widest) {
         return vitq::LinearWeight{
             at<const uint8_t>(chunks), at<const int32_t>(groups), at<const int32_t>(order), group_count, steps, widest};
       }));
-  py::class_<vitq::EpilogueArguments>(module, "EpilogueArguments")
+  py::class_<vitq::EpilogueArguments>(module, "EpilogueArguments", py::module_local())
       .def(py::init([](Address multiplier, Address bias_q, Address zero_point, Address inv_scale, Address thresholds,
                        Address levels, Address residual, Address token_scale, int level_count, int residual_rows,
                        int bits, bool tanh_form, int real_dtype) {

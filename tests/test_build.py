@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.conftest import BackendCase
 from vitq_kernels.ops import cuda
 from vitq_kernels.ops.cuda import extension
 
@@ -249,3 +250,11 @@ def test_an_extension_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyP
     finally:
         extension._module.cache_clear()
         cuda.gpu_reason.cache_clear()
+
+
+def test_the_emulation_may_come_after_the_extension(emulated: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = os.environ[extension.EMULATION_VARIABLE]
+    monkeypatch.delenv(extension.EMULATION_VARIABLE)
+    extension.state()
+    monkeypatch.setenv(extension.EMULATION_VARIABLE, path)
+    assert hasattr(extension.module(), "set_seed")
