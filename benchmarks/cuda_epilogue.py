@@ -11,13 +11,16 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.cuda_sass import Instruction, Kernel, count
-from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, TILES, Tile
+from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, TILES, WINDOW_ROWS, Tile
+from vitq_kernels.ops.mma_fragments import place_rows
+from vitq_kernels.spec import RowGroups
 
 SCALAR_STORES = ("STG.E", "STG.E.U8", "STG.E.U16")
+WIDE_STORES = ("STG.E.64", "STG.E.128")
 Pipes = dict[str, float]
 
 
@@ -91,7 +94,7 @@ def direct_value(instruction: Instruction) -> int:
 
 def reordered_value(instruction: Instruction) -> int:
     """Everything through shared memory."""
-    return 2000 if instruction.name.startswith("STS") else _value(instruction)
+    return 20000 if instruction.name.startswith("STS") else _value(instruction)
 
 
 def _value(instruction: Instruction) -> int:
@@ -138,38 +141,69 @@ def ways_out(kernel: Kernel, tile: Tile, shared: float) -> tuple[Pipes, Pipes, P
         parts[-1].append(instruction)
         if instruction.name.startswith("BAR"):
             parts.append([])
-    writers = tile.rows // GROUP_ROWS  # warps: of a pass only those of its tokens write
-    units = tile.rows * 8 // 8  # 8 rows of 4 of 32 tokens: the loop of store_staged
+    passes = len(parts) // 2
     total: Counter[str] = Counter()
     for part in parts[1::2]:
-        total.update(pipes(part, writers))
+        total.update(pipes(part, warps))
     for part in parts[2::2]:
-        total.update(pipes(part, units / 32))
+        stored = sum(16 if i.name == "STG.E.128" else 8 for i in part if i.name in WIDE_STORES)  # bytes a lane
+        element = 4 if any(i.name == "STG.E.128" for i in part) else 1
+        total.update(pipes(part, tile.rows * tile.tokens * element / passes / (32 * stored)))
     return pipes(direct, warps), pipes(parts[0], warps), {**total, "shared": shared}
 
 
-def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> float:
-    """Clocks of shared memory that a tile's reordered outputs take, bank conflicts of a random order included.
+def staged_offset(row: int) -> int:
+    """Where a row of the tile lies in a panel, in bytes: staged_offset of csrc/gemm_tiles.cuh."""
+    return row // 4 * 128 + (row ^ row // 8) % 4 * 32
 
-    As store_through_shared and store_staged of csrc/gemm_store.cuh access it: for 4 tokens of a row a write of 4 or 16
-    bytes, and as many reads back.
+
+def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> int:
+    """Clocks of shared memory that a tile's reordered outputs take, bank conflicts included.
+
+    As store_through_shared and store_staged of csrc/gemm_store.cuh access it; the rows are those of a layer of 256 rows
+    whose halves of 8 and 4 bits lie at random.
     """
-    stride = 9 if not words else 36  # words of a staged row, staged_stride
-    size = 4 if words else 1  # words of an access
-    order = random.Random(seed).sample(range(256), 256)
-    clocks = 0
-    for warp in range(4):
-        for i in range(16):
-            for part in range(0, 32, 32 // size):  # 16 bytes a lane move 8 lanes at a time
-                banks: dict[int, set[int]] = {}
-                for lane in range(part, part + 32 // size):
-                    first = order[64 * warp + 16 * (lane % 4) + i] * stride + lane // 4 * size
-                    for word in range(first, first + size):
-                        banks.setdefault(word % 32, set()).add(word)
-                clocks += max(map(len, banks.values()))
-    passes = tile.tokens // 32
-    reads = 256 * 32 * (4 if words else 1) // 128
-    return passes * (clocks + reads)
+    shuffled = tuple(random.Random(seed).sample(range(WINDOW_ROWS), WINDOW_ROWS))
+    order, _ = place_rows(RowGroups(WINDOW_ROWS, (8, 8, 4, 4), GROUP_ROWS, shuffled))
+    return sum(bank_clocks(access) for access in accesses(tile, order, words))
+
+
+def accesses(tile: Tile, order: list[int], words: bool) -> Iterator[list[tuple[int, int]]]:
+    """First byte and size of what each lane of a warp writes or reads, instruction after instruction of a tile."""
+    token_warps = tile.threads // 32 * GROUP_ROWS // tile.rows
+    tokens_of_lane = tile.tokens // token_warps // 8
+    passes, size = (tokens_of_lane // 4, 16) if words else (1, tokens_of_lane)  # size: bytes that a lane writes
+    panel = 32 * tile.rows
+    fours_of_panel = 2 if words else 8
+    for _ in range(passes):
+        for group, token_warp, i in itertools.product(range(tile.rows // GROUP_ROWS), range(token_warps), range(16)):
+            access = []
+            for lane in range(32):
+                byte = (8 * token_warp + lane // 4) * size
+                row = order[GROUP_ROWS * group + 16 * (lane % 4) + i]
+                access.append((byte // 32 * panel + byte % 32 + staged_offset(row), size))
+            yield access
+        fours = 8 * token_warps * (4 if words else tokens_of_lane) // 4
+        for block, first, i in itertools.product(range(tile.rows // 32), range(0, fours, 8), range(8)):
+            access = []
+            for lane in range(32):
+                four = first + lane // (4 * fours_of_panel) * fours_of_panel + lane % fours_of_panel
+                row = 32 * block + lane // fours_of_panel % 4 * 8 + i
+                at = four // fours_of_panel * panel + four % fours_of_panel * (16 if words else 4)
+                access.append((at + staged_offset(row), 16 if words else 4))
+            yield access
+
+
+def bank_clocks(access: list[tuple[int, int]]) -> int:
+    """Clocks that a warp's access to shared memory takes: words of one bank one after another, 128 bytes at a time."""
+    clocks, together = 0, 32 * 4 // access[0][1]  # lanes
+    for part in range(0, 32, together):
+        banks: dict[int, set[int]] = {}
+        for first, size in access[part : part + together]:
+            for word in range(first // 4, (first + size) // 4):
+                banks.setdefault(word % 32, set()).add(word)
+        clocks += max(map(len, banks.values()))
+    return clocks
 
 
 def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:

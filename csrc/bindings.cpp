@@ -12,6 +12,8 @@
 
 #ifdef VITQ_EMULATION
 #include <array>
+
+#include "semantics.cuh"
 #endif
 
 namespace py = pybind11;
@@ -100,6 +102,7 @@ PYBIND11_MODULE(_cuda, module) {
 
 #ifdef VITQ_EMULATION
   module.def("set_seed", &vitq::emulation::set_seed);
+  module.def("gelu", [](float y, bool tanh_form) { return tanh_form ? vitq::gelu_tanh(y) : vitq::gelu_erf(y); });
   module.def("plant", [](int skipped_barrier, unsigned extra_pending, bool unbounded_copies, bool swapped_fragment) {
     vitq::emulation::faults() = {skipped_barrier, extra_pending, unbounded_copies, swapped_fragment};
   });

@@ -86,21 +86,20 @@ __device__ __forceinline__ void rescale(const EpilogueArguments& with, const Run
   if constexpr (kKind == Epilogue::kGelu) activate(with, vectors, range, word);
 }
 
-// The last step of kReal: adds the residual, rounds to the output's dtype and stores a run of a token's row.
-// `vector`: N is a multiple of the run, so that runs are inside or outside as a whole and 16-byte aligned.
-__device__ __forceinline__ void store_real(const EpilogueArguments& with, uint32_t (&word)[kRun], void* out, int token,
-                                           int row, int rows, bool vector) {
+// The last step of kReal: adds the residual, rounds to the output's dtype and stores a run of a token's row: `at`
+// elements into the outputs, `residual_at` into the residual, of which `left` are inside. `vector`: N is a multiple of
+// the run, so that runs are inside or outside as a whole and 16-byte aligned.
+__device__ __forceinline__ void store_real(const EpilogueArguments& with, uint32_t (&word)[kRun], void* out, int64_t at,
+                                           int64_t residual_at, int left, bool vector) {
   const Real dtype = static_cast<Real>(with.real_dtype);
-  const int64_t at = int64_t{token} * rows + row;
-  const int64_t before = with.residual == nullptr ? 0 : int64_t{token % with.residual_rows} * rows + row;
   if (dtype == Real::kFloat32) {
     float* target = static_cast<float*>(out) + at;
-    const float* residual = with.residual == nullptr ? nullptr : static_cast<const float*>(with.residual) + before;
+    const float* residual = static_cast<const float*>(with.residual);
     if (vector) {
 #pragma unroll
       for (int half = 0; half < kRun; half += 4) {
         if (residual != nullptr) {
-          const uint4 r = *reinterpret_cast<const uint4*>(residual + half);
+          const uint4 r = *reinterpret_cast<const uint4*>(residual + residual_at + half);
           word[half] = float_bits(bits_float(r.x) + bits_float(word[half]));
           word[half + 1] = float_bits(bits_float(r.y) + bits_float(word[half + 1]));
           word[half + 2] = float_bits(bits_float(r.z) + bits_float(word[half + 2]));
@@ -112,17 +111,17 @@ __device__ __forceinline__ void store_real(const EpilogueArguments& with, uint32
     }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (row + i >= rows) continue;
-      target[i] = residual == nullptr ? bits_float(word[i]) : bits_float(word[i]) + residual[i];
+      if (i >= left) continue;
+      target[i] = residual == nullptr ? bits_float(word[i]) : bits_float(word[i]) + residual[residual_at + i];
     }
     return;
   }
   uint16_t* target = static_cast<uint16_t*>(out) + at;
-  const uint16_t* residual = with.residual == nullptr ? nullptr : static_cast<const uint16_t*>(with.residual) + before;
+  const uint16_t* residual = static_cast<const uint16_t*>(with.residual);
   if (vector) {
     uint32_t packed[kRun / 2];
     uint4 r = {0, 0, 0, 0};
-    if (residual != nullptr) r = *reinterpret_cast<const uint4*>(residual);
+    if (residual != nullptr) r = *reinterpret_cast<const uint4*>(residual + residual_at);
     const uint32_t added[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
     for (int i = 0; i < kRun / 2; ++i) {
@@ -138,9 +137,9 @@ __device__ __forceinline__ void store_real(const EpilogueArguments& with, uint32
   }
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
-    if (row + i >= rows) continue;
+    if (i >= left) continue;
     float y = bits_float(word[i]);
-    if (residual != nullptr) y += real_from_16(residual[i], dtype);
+    if (residual != nullptr) y += real_from_16(residual[residual_at + i], dtype);
     target[i] = static_cast<uint16_t>(real_to_16(y, dtype));
   }
 }

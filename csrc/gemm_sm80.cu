@@ -35,12 +35,7 @@ __global__ void __launch_bounds__(128) finish_kernel(const GemmArguments with, c
   const bool scaled = kKind == Epilogue::kReal && with.epilogue.token_scale != nullptr;
   uint32_t word[kRun];
   rescale<kKind>(with.epilogue, run, scaled ? with.epilogue.token_scale[token] : 1.0f, acc, word);
-  if (kKind != Epilogue::kReal && vector) {
-    *reinterpret_cast<uint2*>(static_cast<int8_t*>(with.out) + int64_t{token} * with.rows + row) = {
-        pack_bytes(word[0], word[1], word[2], word[3]), pack_bytes(word[4], word[5], word[6], word[7])};
-    return;
-  }
-  store_words<kKind>(with, word, token, row, vector);
+  store_words<kKind>(with, word, Place<kKind>(with, token, row), with.rows - row, vector);
 }
 
 template <Epilogue kKind>

@@ -11,8 +11,8 @@
 //             of 128 bytes, two tokens a line, the 16-byte chunk c of line l at chunk c ^ (l % 4): ldmatrix and the
 //             copies are free of bank conflicts. Weights lie as in global memory: a lane reads back its own 16 bytes.
 // Row order   A lane ends with 16 consecutive stored rows of consecutive tokens: 16-byte stores of codes, no exchange.
-//             Where groups of several widths reorder the rows of a window of 256, the tile is the window and its
-//             outputs pass through shared memory (gemm_store.cuh).
+//             Where groups of several widths reorder the rows of a window of 256, outputs pass through shared memory:
+//             a tile of 256 rows is the window and stores as wide, a smaller one element by element (gemm_store.cuh).
 // Widths      Warps of a tile run the loop of their own group's width, in step through the barriers: a tile takes as
 //             long as its widest group.
 // Exactness   int32 sums are exact: |a * w * 2^(8 - bits)| <= 2^14, K < 2^17.
@@ -219,9 +219,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(const Gem
   const int shift = (kNative4 ? 4 : 8) - bits;
   const int lane = lane_index(), at = row_warp * kGroupRows + lane % 4 * 2 * kRun;
   const int its_token = first_token + token_warp * T::kWarpTokens + lane / 4 * 2 * T::kTokenFragments;
+  const bool staged = is_staged(with);
   Outputs<kKind, T> out;
-  finish<kKind, T>(with, acc, vectors, at, its_token, shift, out);
-  if (is_staged(with)) {
+  finish<kKind, T>(with, acc, vectors, at, its_token, shift, staged, out);
+  if (staged) {
     store_through_shared<kKind, T>(with, out, vectors + kVectors * T::kRows + at, stages, first_row, first_token);
   } else {
     store_direct<kKind, T>(with, out, first_row + at, its_token);
@@ -234,7 +235,6 @@ void launch_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
   const int bytes = shared_bytes<T>(with.weight.widest, is_staged(with), staged_element(kKind));
   const int64_t blocks = int64_t{(with.rows + T::kRows - 1) / T::kRows} * ((with.tokens + T::kTokens - 1) / T::kTokens);
   require(blocks < int64_t{1} << 31, "linear: too many tiles, " + std::to_string(blocks));
-  require(with.weight.order == nullptr || T::kRows == 4 * kGroupRows, "linear: reordered rows need a tile of 256 rows");
   const dim3 grid(static_cast<unsigned>(blocks), 1, static_cast<unsigned>(parts));
   const auto kernel = &gemm_kernel<kKind, kNative4, T>;
   allow_shared_memory(kernel, bytes, "linear");

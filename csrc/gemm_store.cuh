@@ -5,15 +5,14 @@
 
 namespace vitq {
 
-// The tile's entries of the vectors, in stored order, a word each, and each stored row's model row.
+// The tile's entries of the vectors, in stored order, a word each, and where each stored row is staged.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void stage_vectors(const GemmArguments& with, int first_row, int32_t* shared) {
   for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
     const int stored = first_row + i;
-    int row = stored;
-    if (with.weight.order != nullptr)
-      row = stored < kGroupRows * with.weight.group_count ? with.weight.order[stored] : with.rows;
-    shared[kVectors * T::kRows + i] = row;
+    const bool reordered = with.weight.order != nullptr && stored < kGroupRows * with.weight.group_count;
+    const int row = reordered ? with.weight.order[stored] : stored;
+    shared[kVectors * T::kRows + i] = staged_offset(T::kRows == kWindowRows ? row - first_row : i);
     if constexpr (kKind != Epilogue::kPartial) {
       float multiplier, zero, inv_scale;
       int32_t bias;
@@ -42,14 +41,54 @@ __device__ __forceinline__ void read_run(const int32_t* shared, int at, RunVecto
   }
 }
 
-// Stores a run of words (rescale's) at a token, from `row` on: what is not kReal, which store_real does.
+// Stores the codes of a run of 8 rows, of which `left` are inside. `vector`: N is a multiple of the run.
+__device__ __forceinline__ void store_codes(const GemmArguments& with, uint32_t low, uint32_t high, int64_t at,
+                                            int left, bool vector) {
+  int8_t* target = static_cast<int8_t*>(with.out) + at;
+  if (vector) {
+    *reinterpret_cast<uint2*>(target) = {low, high};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (i < left) target[i] = static_cast<int8_t>((i < 4 ? low : high) >> (8 * (i % 4)));
+  }
+}
+
+// Where the outputs of one row of consecutive tokens lie, token after token, in elements.
 template <Epilogue kKind>
-__device__ __forceinline__ void store_words(const GemmArguments& with, uint32_t (&word)[kRun], int token, int row,
-                                            bool vector) {
+struct Place {
+  int64_t at, residual_at;
+  int residual_token, residual_rows, rows;
+
+  __device__ __forceinline__ Place(const GemmArguments& with, int token, int row)
+      : residual_at(0), residual_token(0), residual_rows(0), rows(with.rows) {
+    const int64_t part = kKind == Epilogue::kPartial ? int64_t{blockIdx.z} * with.tokens : 0;
+    at = (part + token) * rows + row;
+    if (kKind == Epilogue::kReal && with.epilogue.residual != nullptr) {
+      residual_rows = with.epilogue.residual_rows;
+      residual_token = token % residual_rows;
+      residual_at = int64_t{residual_token} * rows + row;
+    }
+  }
+
+  __device__ __forceinline__ void next_token() {
+    at += rows;
+    if constexpr (kKind == Epilogue::kReal) {
+      residual_at += rows;
+      if (++residual_token == residual_rows) residual_at -= int64_t{residual_token} * rows, residual_token = 0;
+    }
+  }
+};
+
+// Stores a run of words (rescale's) of which `left` rows are inside.
+template <Epilogue kKind>
+__device__ __forceinline__ void store_words(const GemmArguments& with, uint32_t (&word)[kRun],
+                                            const Place<kKind>& place, int left, bool vector) {
   if constexpr (kKind == Epilogue::kReal) {
-    store_real(with.epilogue, word, with.out, token, row, with.rows, vector);
+    store_real(with.epilogue, word, with.out, place.at, place.residual_at, left, vector);
   } else if constexpr (kKind == Epilogue::kPartial) {
-    int32_t* target = static_cast<int32_t*>(with.out) + (int64_t{blockIdx.z} * with.tokens + token) * with.rows + row;
+    int32_t* target = static_cast<int32_t*>(with.out) + place.at;
     if (vector) {
       *reinterpret_cast<uint4*>(target) = {word[0], word[1], word[2], word[3]};
       *reinterpret_cast<uint4*>(target + 4) = {word[4], word[5], word[6], word[7]};
@@ -57,14 +96,11 @@ __device__ __forceinline__ void store_words(const GemmArguments& with, uint32_t 
     }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (row + i < with.rows) target[i] = static_cast<int32_t>(word[i]);
+      if (i < left) target[i] = static_cast<int32_t>(word[i]);
     }
   } else {
-    int8_t* target = static_cast<int8_t*>(with.out) + int64_t{token} * with.rows + row;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (row + i < with.rows) target[i] = static_cast<int8_t>(word[i]);
-    }
+    store_codes(with, pack_bytes(word[0], word[1], word[2], word[3]), pack_bytes(word[4], word[5], word[6], word[7]),
+                place.at, left, vector);
   }
 }
 
@@ -92,28 +128,44 @@ __device__ __forceinline__ void finish_run(const GemmArguments& with, const Accu
   rescale<kKind>(with.epilogue, vectors, scale, sums, word);
 }
 
-// A lane's outputs, rescaled: of each of its tokens codes of 16 rows, four a word, or 16 words.
+// A lane's outputs of 16 rows, rescaled. Words: [token][row]. Codes, four a word: those of four rows, [token][row / 4],
+// or, where they are staged, those of four tokens, [row][token / 4].
 template <Epilogue kKind, class T>
-using Outputs = uint32_t[2 * T::kTokenFragments][staged_element(kKind) == 1 ? kRun / 2 : 2 * kRun];
+using Outputs = uint32_t[2 * T::kTokenFragments * 2 * kRun * staged_element(kKind) / 4];
 
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void finish(const GemmArguments& with, const Accumulators<T::kTokenFragments>& acc,
-                                       const int32_t* vectors, int at, int first_token, int shift,
+                                       const int32_t* vectors, int at, int first_token, int shift, bool staged,
                                        Outputs<kKind, T>& out) {
+  constexpr int kFours = T::kTokenFragments / 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     RunVectors run;
     if constexpr (kKind != Epilogue::kPartial) read_run<T>(vectors, at + half * kRun, run);
 #pragma unroll
-    for (int token = 0; token < 2 * T::kTokenFragments; ++token) {
-      uint32_t word[kRun];
-      finish_run<kKind, T>(with, acc, run, first_token, token, half, shift, word);
-      if constexpr (staged_element(kKind) == 1) {
-        out[token][2 * half] = pack_bytes(word[0], word[1], word[2], word[3]);
-        out[token][2 * half + 1] = pack_bytes(word[4], word[5], word[6], word[7]);
+    for (int four = 0; four < kFours; ++four) {
+      uint32_t word[4][kRun];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        finish_run<kKind, T>(with, acc, run, first_token, 4 * four + i, half, shift, word[i]);
+      }
+      if constexpr (staged_element(kKind) == 4) {
+#pragma unroll
+        for (int i = 0; i < 4 * kRun; ++i) {
+          out[(4 * four + i / kRun) * 2 * kRun + half * kRun + i % kRun] = word[i / kRun][i % kRun];
+        }
+      } else if (staged) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          out[(half * kRun + i) * kFours + four] = pack_bytes(word[0][i], word[1][i], word[2][i], word[3][i]);
+        }
       } else {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) out[token][half * kRun + i] = word[i];
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t* run_of_four = word[i / 2] + i % 2 * 4;
+          out[(4 * four + i / 2) * 4 + 2 * half + i % 2] =
+              pack_bytes(run_of_four[0], run_of_four[1], run_of_four[2], run_of_four[3]);
+        }
       }
     }
   }
@@ -124,115 +176,164 @@ template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_direct(const GemmArguments& with, const Outputs<kKind, T>& out, int row,
                                              int first_token) {
   if (row >= with.rows) return;
+  Place<kKind> place(with, first_token, row);
 #pragma unroll
-  for (int token = 0; token < 2 * T::kTokenFragments; ++token) {
+  for (int token = 0; token < 2 * T::kTokenFragments; ++token, place.next_token()) {
     if (first_token + token >= with.tokens) continue;
     if constexpr (staged_element(kKind) == 1) {
-      int8_t* target = static_cast<int8_t*>(with.out) + int64_t{first_token + token} * with.rows + row;
-      *reinterpret_cast<uint4*>(target) = {out[token][0], out[token][1], out[token][2], out[token][3]};
+      *reinterpret_cast<uint4*>(static_cast<int8_t*>(with.out) + place.at) = {out[4 * token], out[4 * token + 1],
+                                                                              out[4 * token + 2], out[4 * token + 3]};
     } else {
+      Place<kKind> of_half = place;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half, of_half.at += kRun, of_half.residual_at += kRun) {
         uint32_t word[kRun];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) word[i] = out[token][half * kRun + i];
-        store_words<kKind>(with, word, first_token + token, row + half * kRun, true);
+        for (int i = 0; i < kRun; ++i) word[i] = out[(2 * token + half) * kRun + i];
+        store_words<kKind>(with, word, of_half, kRun, true);
       }
     }
   }
 }
 
-// Columns of a 4 x 4 block of bytes: byte `column` of each of four words.
-__device__ __forceinline__ uint32_t byte_column(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, int column) {
-  const uint32_t pair = column | (column + 4) << 4;
-  return permute_bytes(permute_bytes(w0, w1, pair), permute_bytes(w2, w3, pair), 0x5410);
+// Columns of a 4 x 4 block of bytes: byte i of each of four words to word i.
+__device__ __forceinline__ void transpose_bytes(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3,
+                                                uint32_t (&column)[4]) {
+  const uint32_t low01 = permute_bytes(w0, w1, 0x5140), high01 = permute_bytes(w0, w1, 0x7362);
+  const uint32_t low23 = permute_bytes(w2, w3, 0x5140), high23 = permute_bytes(w2, w3, 0x7362);
+  column[0] = permute_bytes(low01, low23, 0x5410), column[1] = permute_bytes(low01, low23, 0x7632);
+  column[2] = permute_bytes(high01, high23, 0x5410), column[3] = permute_bytes(high01, high23, 0x7632);
 }
 
-// Reads back what store_through_shared has staged of all rows of the tile: 8 times 4 tokens, kOfLane apart. A thread
-// takes 8 rows of 4 tokens.
-template <Epilogue kKind, class T>
+// Reads back what store_through_shared has staged of all rows of the tile. A thread takes a run of 8 rows of four
+// tokens at a time, a warp 32 rows of 8 such groups: whole sectors for the stores, all banks for the loads. kWhole: the
+// tile has no row or token beyond the matrix, and N is a multiple of the run.
+template <Epilogue kKind, bool kWhole, class T>
 __device__ __forceinline__ void store_staged(const GemmArguments& with, const unsigned char* staged, int first_row,
                                              int first_token) {
-  constexpr int kElement = staged_element(kKind), kStride = staged_stride(kElement);
-  constexpr int kOfLane = 2 * T::kTokenFragments;
-  const bool vector = with.rows % kRun == 0;
-  // 8 groups of tokens and 4 runs of rows a warp: whole sectors for the stores, all banks for the loads.
-  for (int unit = threadIdx.x; unit < T::kRows / kRun * (kStagedTokens / 4); unit += T::kThreads) {
-    const int four = unit % 8, at = unit / 8 * kRun, row = first_row + at;
-    if (row >= with.rows) continue;
-    const unsigned char* source = staged + at * kStride + four * 4 * kElement;
-    uint32_t word[4][kRun];  // of each token; bytes: not yet apart
+  constexpr int kElement = staged_element(kKind);
+  using S = Staging<T, kElement>;
+  const bool vector = kWhole || with.rows % kRun == 0;
+  const unsigned lane = lane_index(), run = lane / S::kFoursOfPanel % 4;
+  const unsigned four = lane / (4 * S::kFoursOfPanel) * S::kFoursOfPanel + lane % S::kFoursOfPanel;
+  const unsigned further = 4 * four / S::kAtOnce * S::kOfLane + 4 * four % S::kAtOnce;  // tokens
+  for (int block = warp_index(); block < T::kRows / 32; block += T::kThreads / 32) {
+    const int at = 32 * block + kRun * static_cast<int>(run), left = with.rows - first_row - at;
+    if (!kWhole && left <= 0) continue;
+    // Of the run's row i: staged_offset, whose quarter is i ^ run (mod 4).
+    const unsigned char* source =
+        staged + four / S::kFoursOfPanel * S::kPanel + four % S::kFoursOfPanel * 4 * kElement + at * kPanelBytes;
+    int token = first_token + static_cast<int>(further);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
+    for (int eight = 0; eight < S::kFours / 8; ++eight) {
+      uint32_t word[4][kRun];  // of each token; bytes: not yet apart
+#pragma unroll
+      for (unsigned i = 0; i < kRun; ++i) {
+        const unsigned char* from = source + (i / 4 * 4 + ((i ^ run) & 3)) * kPanelBytes;
+        if constexpr (kElement == 1) {
+          word[0][i] = *reinterpret_cast<const uint32_t*>(from);
+        } else {
+          const uint4 tokens = *reinterpret_cast<const uint4*>(from);
+          word[0][i] = tokens.x, word[1][i] = tokens.y, word[2][i] = tokens.z, word[3][i] = tokens.w;
+        }
+      }
+      Place<kKind> place(with, token, first_row + at);
       if constexpr (kElement == 1) {
-        word[0][i] = *reinterpret_cast<const uint32_t*>(source + i * kStride);
+        uint32_t low[4], high[4];
+        transpose_bytes(word[0][0], word[0][1], word[0][2], word[0][3], low);
+        transpose_bytes(word[0][4], word[0][5], word[0][6], word[0][7], high);
+#pragma unroll
+        for (int i = 0; i < 4; ++i, place.next_token()) {
+          if (kWhole || token + i < with.tokens) store_codes(with, low[i], high[i], place.at, left, vector);
+        }
       } else {
-        const uint4 tokens = *reinterpret_cast<const uint4*>(source + i * kStride);
-        word[0][i] = tokens.x, word[1][i] = tokens.y, word[2][i] = tokens.z, word[3][i] = tokens.w;
+#pragma unroll
+        for (int i = 0; i < 4; ++i, place.next_token()) {
+          if (kWhole || token + i < with.tokens) store_words<kKind>(with, word[i], place, left, vector);
+        }
       }
+      source += 8 / S::kFoursOfPanel * S::kPanel, token += 32 / S::kAtOnce * S::kOfLane;
     }
-    if constexpr (kElement == 1) {
-      uint2 codes[4];
+  }
+}
+
+// Reads back what store_through_shared has staged in stored order and stores element by element, a row a lane: a tile
+// that is smaller than the window has every so-manieth byte of its tokens' sectors.
+template <Epilogue kKind, class T>
+__device__ __forceinline__ void store_scattered(const GemmArguments& with, const unsigned char* staged, int first_row,
+                                                int first_token) {
+  constexpr int kElement = staged_element(kKind);
+  using S = Staging<T, kElement>;
+  for (int block = warp_index(); block < T::kRows / 32; block += T::kThreads / 32) {
+    const int at = 32 * block + lane_index(), stored = first_row + at;
+    const int row = stored < kGroupRows * with.weight.group_count ? with.weight.order[stored] : with.rows;
+    if (row >= with.rows) continue;
+    const unsigned char* source = staged + staged_offset(at);
+#pragma unroll 1
+    for (int four = 0; four < S::kFours; ++four) {
+      const int token = first_token + 4 * four / S::kAtOnce * S::kOfLane + 4 * four % S::kAtOnce;
+      const unsigned char* from = source + four / S::kFoursOfPanel * S::kPanel + four % S::kFoursOfPanel * 4 * kElement;
+      Place<kKind> place(with, token, row);
+      uint32_t word[4];
+      if constexpr (kElement == 1) {
+        const uint32_t codes = *reinterpret_cast<const uint32_t*>(from);
 #pragma unroll
-      for (int token = 0; token < 4; ++token) {
-        codes[token] = {byte_column(word[0][0], word[0][1], word[0][2], word[0][3], token),
-                        byte_column(word[0][4], word[0][5], word[0][6], word[0][7], token)};
+        for (int i = 0; i < 4; ++i) word[i] = codes >> (8 * i);
+      } else {
+        const uint4 tokens = *reinterpret_cast<const uint4*>(from);
+        word[0] = tokens.x, word[1] = tokens.y, word[2] = tokens.z, word[3] = tokens.w;
       }
 #pragma unroll
-      for (int token = 0; token < 4; ++token) {
-        const int to = first_token + kOfLane * four + token;
-        if (to >= with.tokens) continue;
-        int8_t* target = static_cast<int8_t*>(with.out) + int64_t{to} * with.rows + row;
-        if (vector) {
-          *reinterpret_cast<uint2*>(target) = codes[token];
-          continue;
-        }
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          const uint32_t four_codes = i < 4 ? codes[token].x : codes[token].y;
-          if (row + i < with.rows) target[i] = static_cast<int8_t>(four_codes >> (8 * (i % 4)));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int token = 0; token < 4; ++token) {
-        const int to = first_token + kOfLane * four + token;
-        if (to < with.tokens) store_words<kKind>(with, word[token], to, row, vector);
+      for (int i = 0; i < 4; ++i, place.next_token()) {
+        uint32_t only[kRun] = {word[i]};
+        if (token + i < with.tokens) store_words<kKind>(with, only, place, 1, false);
       }
     }
   }
 }
 
-// Rows in another order, or of an odd number: each lane puts 4 tokens at a time of its 16 rows where the rows belong,
-// in shared memory.
+// Rows in another order, or of an odd number: each lane puts its 16 rows where they belong, in shared memory.
+// offset_of: staged_offset of each of them.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_through_shared(const GemmArguments& with, const Outputs<kKind, T>& out,
-                                                     const int32_t* row_of, unsigned char* staged, int first_row,
-                                                     int tile_token) {
-  constexpr int kElement = staged_element(kKind), kStride = staged_stride(kElement);
-  const int lane = lane_index(), its_token_warp = warp_index() % T::kTokenWarps;
-  // A pass takes 4 consecutive tokens of each of the 8 lanes that share rows; the lanes' own begin kOfLane apart.
+                                                     const int32_t* offset_of, unsigned char* staged, int first_row,
+                                                     int first_token) {
+  constexpr int kElement = staged_element(kKind);
+  using S = Staging<T, kElement>;
+  const unsigned lane = lane_index(), warp = warp_index();
+  const unsigned byte = (warp % T::kTokenWarps * 8 + lane / 4) * S::kLaneBytes;  // of the row's
+  unsigned char* of_lane = staged + byte / kPanelBytes * S::kPanel + byte % kPanelBytes;
+  const bool whole =
+      first_row + T::kRows <= with.rows && first_token + T::kTokens <= with.tokens && with.rows % kRun == 0;
+  int offsets[2 * kRun];
 #pragma unroll
-  for (int token_warp = 0; token_warp < T::kTokenWarps; ++token_warp) {
+  for (int i = 0; i < 2 * kRun; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(offset_of + i);
+    offsets[i] = four.x, offsets[i + 1] = four.y, offsets[i + 2] = four.z, offsets[i + 3] = four.w;
+  }
 #pragma unroll
-    for (int four = 0; four < 2 * T::kTokenFragments; four += 4) {
-      VITQ_BARRIER();  // what was staged before, or the pipeline's last stage, has been read
-      if (its_token_warp == token_warp) {
+  for (int token = 0; token < S::kOfLane; token += S::kAtOnce) {
+    VITQ_BARRIER();  // what was staged before, or the pipeline's last stage, has been read
 #pragma unroll
-        for (int i = 0; i < 2 * kRun; ++i) {
-          const int row = row_of[i];
-          if (row >= with.rows) continue;
-          unsigned char* target = staged + (row - first_row) * kStride + lane / 4 * 4 * kElement;
-          if constexpr (kElement == 1) {
-            *reinterpret_cast<uint32_t*>(target) =
-                byte_column(out[four][i / 4], out[four + 1][i / 4], out[four + 2][i / 4], out[four + 3][i / 4], i % 4);
-          } else {
-            *reinterpret_cast<uint4*>(target) = {out[four][i], out[four + 1][i], out[four + 2][i], out[four + 3][i]};
-          }
-        }
+    for (int i = 0; i < 2 * kRun; ++i) {
+      unsigned char* target = of_lane + offsets[i];
+      if constexpr (kElement == 4) {
+        const auto word = [&](int further) { return out[(token + further) * 2 * kRun + i]; };
+        *reinterpret_cast<uint4*>(target) = {word(0), word(1), word(2), word(3)};
+      } else if constexpr (S::kLaneBytes == 8) {
+        *reinterpret_cast<uint2*>(target) = {out[2 * i], out[2 * i + 1]};
+      } else {
+        static_assert(S::kLaneBytes == 4, "a lane has 4 or 8 tokens");
+        *reinterpret_cast<uint32_t*>(target) = out[i];
       }
-      VITQ_BARRIER();  // the staged tokens are complete
-      store_staged<kKind, T>(with, staged, first_row, tile_token + token_warp * T::kWarpTokens + four);
+    }
+    VITQ_BARRIER();  // the staged tokens are complete
+    if (T::kRows < kWindowRows && with.weight.order != nullptr) {
+      store_scattered<kKind, T>(with, staged, first_row, first_token + token);
+    } else if (whole) {
+      store_staged<kKind, true, T>(with, staged, first_row, first_token + token);
+    } else {
+      store_staged<kKind, false, T>(with, staged, first_row, first_token + token);
     }
   }
 }

@@ -28,7 +28,8 @@ struct Tile {
   static constexpr int kTokenBytes = kTokens * kStepColumns;  // of a stage
 };
 
-constexpr int kVectors = 4;  // of epilogue.cuh, a word a row, in shared memory
+constexpr int kWindowRows = 256;  // reordered rows stay in it (WINDOW_ROWS of ops/cuda/tiles.py)
+constexpr int kVectors = 4;       // of epilogue.cuh, a word a row, in shared memory
 
 struct GemmArguments {
   const int8_t* a;
@@ -44,12 +45,26 @@ __host__ __device__ constexpr int staged_element(Epilogue kind) {
   return kind == Epilogue::kCodes || kind == Epilogue::kGelu ? 1 : 4;
 }
 
-// Outputs that are reordered pass through shared memory row by row, 32 tokens of a row at a time. An odd number of
-// words a row where elements are bytes, four words more where they are words: what reads it back has no bank conflict.
-constexpr int kStagedTokens = 32;
-__host__ __device__ constexpr int staged_stride(int element) {
-  return kStagedTokens * element + (element == 1 ? 4 : 16);
+// Outputs that are reordered pass through shared memory in panels: 32 bytes of each row of the tile, four rows a line of
+// 128. Where row r of the tile lies in a panel: its quarter of the line is r ^ r / 8 (mod 4), so that neither four lanes
+// that write to rows of four quarters (place_rows of ops/mma_fragments.py sees to it) nor four that read the runs of 8
+// rows at r, r + 8, r + 16 and r + 24 meet in a bank.
+constexpr int kPanelBytes = 32;
+__host__ __device__ constexpr int staged_offset(int row) {
+  return row / 4 * 4 * kPanelBytes + ((row ^ row / 8) & 3) * kPanelBytes;
 }
+
+// What a pass stages: of each lane all its tokens (codes) or four (words), of all warps at once.
+template <class T, int kElement>
+struct Staging {
+  static constexpr int kOfLane = 2 * T::kTokenFragments;
+  static constexpr int kAtOnce = kElement == 1 ? kOfLane : 4;
+  static constexpr int kLaneBytes = kAtOnce * kElement;            // of a row
+  static constexpr int kFours = 8 * T::kTokenWarps * kAtOnce / 4;  // groups of four tokens
+  static constexpr int kFoursOfPanel = kPanelBytes / (4 * kElement);
+  static constexpr int kPanel = kPanelBytes * T::kRows;
+  static constexpr int kBytes = kFours / kFoursOfPanel * kPanel;
+};
 
 // Bytes of a stage and of the whole shared memory of a block: vectors, then stages or, after them, staged outputs.
 template <class T>
@@ -58,7 +73,8 @@ __host__ __device__ constexpr int stage_bytes(int widest) {
 }
 template <class T>
 __host__ __device__ constexpr int shared_bytes(int widest, bool is_staged, int element) {
-  const int stages = T::kStages * stage_bytes<T>(widest), staged = is_staged ? T::kRows * staged_stride(element) : 0;
+  const int staged = !is_staged ? 0 : element == 1 ? Staging<T, 1>::kBytes : Staging<T, 4>::kBytes;
+  const int stages = T::kStages * stage_bytes<T>(widest);
   return (kVectors + 1) * 4 * T::kRows + (stages > staged ? stages : staged);
 }
 

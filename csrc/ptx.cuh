@@ -107,6 +107,13 @@ __device__ __forceinline__ uint32_t dot_u8(uint32_t a, uint32_t b, uint32_t c) {
 // a / b within 2 ulp, where a bounded op needs no more: a tenth of the instructions of the exact one.
 __device__ __forceinline__ float divide_approximately(float a, float b) { return __fdividef(a, b); }
 
+// 9.7.3.21 ex2.approx.ftz: 2^x within 2 ulp; 0 and infinity beyond the exponents.
+__device__ __forceinline__ float exp2_approximately(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The bits of a float and back; conversions round to nearest even.
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }

@@ -76,17 +76,26 @@ def test_every_tile_and_width(cuda: BackendCase, bits: int, tile: int, parts: in
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(
-    "tile",
-    [i for i, tile in enumerate(TILES) if tile.rows == WINDOW_ROWS],
-    ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}",
-)
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}")
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_rows_of_mixed_widths_come_out_in_order(cuda: BackendCase, op: str, tile: int, parts: int) -> None:
     with forced(Plan(tile, parts)):
         check(next(case for case in CASES[op] if case.arguments["weight"].groups.order is not None), cuda.device)
         if op == "linear_codes":
             check(linear_case(MIXED, 37, 130), cuda.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}")
+def test_whole_tiles_of_mixed_rows(cuda: BackendCase, tile: int, dtype: torch.dtype) -> None:
+    """No row or token of the first tile is beyond the matrix; and a residual that begins again after 5 tokens."""
+    case = linear_case(RowGroups(256, (8, 2, 5, 3), 64, tuple(SHUFFLED[0])), 130, 64)
+    if dtype != torch.int8:
+        known = {name: case.arguments[name] for name in ("a", "weight", "multiplier", "bias_q")}
+        residual = torch.randn(5, 256, generator=torch.manual_seed(0)).to(dtype)
+        case = Case("linear_residual", f"{dtype}", known | {"a": known["a"].view(26, 5, 64), "residual": residual})
+    with forced(Plan(tile)):
+        check(case, cuda.device)
 
 
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: f"{TILES[i].rows}x{TILES[i].tokens}")
@@ -146,7 +155,7 @@ def test_every_layer_has_a_plan(cc: int, ordered: bool) -> None:
         assert sorted(map(str, plans)) == sorted(map(str, candidates(problem, Gpu(cc, 100))))
         assert all(plan.parts <= problem.steps for plan in plans)
         assert plans
-        assert not ordered or all(TILES[plan.tile].rows == WINDOW_ROWS for plan in plans)
+        assert not ordered or tokens < 1000 or TILES[plans[0].tile].rows == WINDOW_ROWS
 
 
 def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
@@ -154,7 +163,7 @@ def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
     assert module().gemm_tiles() == rows
     for number, tile in enumerate(TILES):
         for widest in range(2, 9):
-            for ordered in (False, True) if tile.rows == WINDOW_ROWS else (False,):
+            for ordered in (False, True):
                 for kind in range(3):
                     assert module().gemm_shared_bytes(number, widest, ordered, kind) <= 99 << 10
                     fits = module().gemm_shared_bytes(number, widest, ordered, kind) == tile.shared_bytes(widest)
@@ -165,16 +174,24 @@ def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
     ("changes", "message"),
     [
         ({"tile": 6}, "no tile 6"),
-        ({"tile": 5, "groups": MIXED}, "reordered rows need a tile of 256 rows"),
         ({"parts": 5}, r"parts must be in 1..4, got 5"),
     ],
-    ids=["tile", "order", "parts"],
+    ids=["tile", "parts"],
 )
 def test_a_wrong_call_is_refused(emulated: BackendCase, changes: dict[str, Any], message: str) -> None:
-    case = linear_case(changes.get("groups", RowGroups.uniform(72, 4)), 3, 200)
     plan = Plan(changes.get("tile", 0), changes.get("parts", 1))
+    case = linear_case(RowGroups.uniform(72, 4), 3, 200)
     with forced(plan), pytest.raises(ValueError, match=rf"^vitq_kernels._cuda: linear: {message}"):
         run(case, "cpu")
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_gelu_is_as_exact_as_float32(emulated: BackendCase, form: str) -> None:
+    """Of both forms: closer to the exact value than four times float32's precision; and at both ends."""
+    y = torch.cat([torch.linspace(-9, 9, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60, -60, 3e38, -3e38])])
+    wanted = torch.nn.functional.gelu(y.double(), approximate=form)
+    got = torch.tensor([module().gelu(value, form == "tanh") for value in y.tolist()], dtype=torch.float64)
+    assert ((got - wanted).abs() / wanted.abs().clamp_min(1)).max() < 4 * 2**-24
 
 
 # What the emulation must not let pass. Each fault makes the correct source behave as one with that mistake.
@@ -197,15 +214,15 @@ def fails_under_some_seed(case: Case, seeds: int = 6) -> bool:
     return False
 
 
-@pytest.mark.parametrize("groups", [RowGroups.uniform(256, 8), MIXED], ids=["direct", "ordered"])
-def test_every_barrier_is_needed(planted: Any, groups: RowGroups) -> None:
+@pytest.mark.parametrize(("groups", "count"), [(RowGroups.uniform(256, 8), 1), (MIXED, 3)], ids=["direct", "ordered"])
+def test_every_barrier_is_needed(planted: Any, groups: RowGroups, count: int) -> None:
     case = linear_case(groups, 100, 400)
     with forced(Plan(0)):
         planted.take_barrier_lines()
         check(case, "cpu")
         lines = planted.take_barrier_lines()
-        assert len(lines) == (1 if groups is not MIXED else 3)
-        for line in lines:
+        assert len(lines) == count
+        for line in lines[-2:]:  # without the pipeline's, the first, reordered outputs are staged where no memory is
             planted.plant(line, 0, False, False)
             assert fails_under_some_seed(case), f"without the barrier of line {line} the numbers are the same"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.numerics import CODE_KINDS, assert_bitwise_equal, fails
 from tests.op_cases import some_groups, weight_codes
-from vitq_kernels.ops.mma_fragments import MmaFragments, prepare_weight
+from vitq_kernels.ops.mma_fragments import MmaFragments, place_rows, prepare_weight
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.spec import RowGroups
 
@@ -86,6 +86,30 @@ def test_groups_of_64_cost_their_bytes_in_any_order() -> None:
     weight = MmaFragments.of(prepare_weight(pack_weight(weight_codes("random", groups, 128, 1), groups)))
     assert weight.groups[:, 0].tolist() == [7, 5, 3, 2]
     assert weight.chunks.numel() == 64 * 128 * (2 + 7 + 3 + 5) // 8
+
+
+@pytest.mark.parametrize(
+    ("starts", "together"),
+    [
+        ([64 * group + i for group in range(4) for i in range(16)], (0, 16, 32, 48)),
+        (
+            [64 * group + 32 * pair + i for group in range(4) for pair in (0, 1) for i in range(0, 16, 2)],
+            (0, 1, 16, 17),
+        ),
+    ],
+    ids=["mma", "wgmma"],
+)
+def test_rows_that_are_staged_together_lie_in_different_banks(starts: list[int], together: tuple[int, ...]) -> None:
+    shuffled = torch.randperm(256, generator=torch.manual_seed(1)).tolist()
+    order, _ = place_rows(RowGroups(256, (2, 7, 3, 5), 64, tuple(shuffled)))
+    assert sorted(order) == list(range(256))
+
+    def mean_clocks(placed: list[int]) -> float:
+        """Of a write: as many as the rows of the fullest quarter of the banks."""
+        quarters = [[(placed[i + j] ^ placed[i + j] // 8) % 4 for j in together] for i in starts]
+        return sum(max(map(four.count, four)) for four in quarters) / len(quarters)
+
+    assert mean_clocks(order) <= 1.5 < 2 < mean_clocks(shuffled)  # 1: if each group had 16 rows of each quarter
 
 
 @pytest.mark.parametrize("bits", [1, 9])

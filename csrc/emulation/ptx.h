@@ -131,6 +131,7 @@ inline uint32_t dot_u8(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 inline float divide_approximately(float a, float b) { return a / b; }
+inline float exp2_approximately(float x) { return std::exp2(x); }
 
 template <typename To, typename From>
 To same_bits(From x) {

@@ -2,7 +2,7 @@
 
 Rows are taken in windows of 256 and, where a window has rows of several widths, stored from the widest to the
 narrowest, in *groups* of 64. A group has the width of its widest row, and each group its own: a layer of several widths
-costs its bytes, and what its rows' order costs is undone where a kernel stores. Rows and columns are padded with zeros
+costs its bytes, and its rows' order is undone where a kernel stores. Rows and columns are padded with zeros
 to whole groups and whole *steps* of 64 columns. Group follows group, inside it step follows step, inside it the planes
 of 8, 4, 2 and 1 bits that the width needs, from the top bit down: 7 = 4 + 2 + 1, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1.
 
@@ -37,13 +37,11 @@ PLANES_OF = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2:
 class MmaFragments:
     """A weight [N, K] in this layout; the list of its tensors is what the ops take as ``weight``."""
 
-    widths: (
-        Tensor  # int8 [set of the groups' widths as a bit mask, bits of the input's codes, 0]: no data, only a shape
-    )
+    # int8 [set of the groups' widths as a bit mask, bits of the input's codes, 0]: no data, only a shape
+    widths: Tensor
     groups: Tensor  # int32 [G, 2]: width and first chunk of each group
-    order: (
-        Tensor  # int32 [64 G], model row of each stored row, N where there is none; [0] where it is the model's order
-    )
+    # int32 [64 G], model row of each stored row, from N on where there is none; [0] where it is the model's order
+    order: Tensor
     chunks: Tensor  # uint8 [chunks, 512]
 
     def tensors(self) -> list[Tensor]:
@@ -108,13 +106,13 @@ def prepare_weight(weight: PackedWeight, input_bits: int = MAX_BITS) -> list[Ten
             f"a weight in layout {WEIGHT_LAYOUT} must have at most {MOST_COLS} columns and 2^31 chunks of 512 bytes, "
             f"got {rows} x {cols}"
         )
-    padded = torch.nn.functional.pad(unpack_weight(weight), (0, -cols % STEP_COLS, 0, 1))  # a row of zeros: row N
+    padded = torch.nn.functional.pad(unpack_weight(weight), (0, -cols % STEP_COLS, 0, len(order) - rows))
     index = torch.tensor(order, device=device).view(-1, GROUP_ROWS)
     chunks = torch.cat([_pack_group(padded[rows_of], b) for rows_of, b in zip(index, bits, strict=True)])
     first = [0]
     for b in bits:
         first.append(first[-1] + b * steps)
-    kept = order if order[:rows] != list(range(rows)) else []
+    kept = order if order != list(range(len(order))) else []
     return MmaFragments(
         torch.empty(sum(1 << b for b in set(bits)), input_bits, 0, dtype=torch.int8, device=device),
         torch.tensor(list(zip(bits, first[:-1], strict=True)), dtype=torch.int32, device=device),
@@ -124,19 +122,33 @@ def prepare_weight(weight: PackedWeight, input_bits: int = MAX_BITS) -> list[Ten
 
 
 def place_rows(groups: RowGroups) -> tuple[list[int], list[int]]:
-    """Model row of each stored row (N where there is none), and the width of each group of 64 stored rows."""
+    """Model row of each stored row (from N on where there is none), and the width of each group of 64 stored rows."""
     row_bits = groups.row_bits()
     order: list[int] = []
     for start in range(0, groups.rows, TILE_ROWS):
         window = range(start, min(start + TILE_ROWS, groups.rows))
         order += sorted(window, key=lambda row: -row_bits[row])  # stable: one width keeps the model's order
-    order += [groups.rows] * (-groups.rows % GROUP_ROWS)
-    bits = [max(row_bits[row] for row in order[i : i + GROUP_ROWS] if row < groups.rows) for i in _starts(len(order))]
-    return order, bits
+    in_order = order == list(range(groups.rows))
+    order += range(groups.rows, -(-groups.rows // GROUP_ROWS) * GROUP_ROWS)
+    members = [order[i : i + GROUP_ROWS] for i in range(0, len(order), GROUP_ROWS)]
+    bits = [max(row_bits[row] for row in rows if row < groups.rows) for rows in members]
+    return order if in_order else [row for rows in members for row in _spread(rows)], bits
 
 
-def _starts(rows: int) -> range:
-    return range(0, rows, GROUP_ROWS)
+def _spread(rows: list[int]) -> list[int]:
+    """The rows of a group in the order in which lanes that store together meet in few banks of shared memory.
+
+    A row's place there is in quarter (r ^ r // 8) % 4 of all banks (staged_offset of csrc/gemm_tiles.cuh). Four stored
+    rows are staged together: i, i + 16, i + 32 and i + 48 by mma.sync; i, i + 1, i + 16 and i + 17 (i even) by wgmma.
+    So stored row i gets a row of quarter i // 16 ^ 2 (i % 2), as far as there are 16 of each.
+    """
+    waiting: list[list[int]] = [[], [], [], []]
+    for row in reversed(rows):
+        waiting[(row ^ row // 8) % 4].append(row)
+    slots = [i // 16 ^ i % 2 << 1 for i in range(GROUP_ROWS)]
+    placed = [waiting[quarter].pop() if waiting[quarter] else None for quarter in slots]
+    left = [row for quarter in waiting for row in quarter]
+    return [left.pop() if row is None else row for row in placed]
 
 
 def _pack_group(codes: Tensor, bits: int) -> Tensor:

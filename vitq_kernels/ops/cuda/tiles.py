@@ -8,9 +8,10 @@ rows and T tokens and steps of 64 columns:
     chain = FILL + steps max(mma, load) + R T (EPILOGUE / 128 + REORDER)   one block from start to end
     time  = max(ceil(n/r) chain, n steps max(mma, load))                   n blocks an SM, r at a time
 
-plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop is hidden under
-mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL, EPILOGUE and
-the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check)."""
+(where reordered rows meet a tile that is smaller than their window, SCATTER instead of REORDER, which no other block
+hides) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop is hidden
+under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL, EPILOGUE
+and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check)."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ from vitq_kernels.ops.mma_fragments import CHUNK_BYTES, GROUP_ROWS, STEP_COLS
 
 FILL_CLOCKS = 1500  # vectors and first stages from memory
 EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
-REORDER_CLOCKS = 0.06  # an output that finds its row through shared memory: 0.03 a code, 0.10 a float
+REORDER_CLOCKS = 0.04  # an output that finds its row through shared memory: 0.02 a code, 0.07 a float
+SCATTER_CLOCKS = 0.2  # one stored alone: 32 of them touch 2 lines (codes) to 8 (floats) of 128 bytes
 LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
-WINDOW_ROWS = 256  # reordered rows stay in it, so the tile must hold it
+WINDOW_ROWS = 256  # reordered rows stay in it: a tile that holds it stores whole sectors
 PARTS = (1, 2, 3, 4, 6, 8, 12)
 VECTOR_BYTES = 20  # a row of the tile: four vectors and the model row
 
@@ -174,7 +176,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     return [
         Plan(number, parts)
         for number, tile in enumerate(TILES)
-        if tile.shared_bytes(problem.widest) <= arch.shared_bytes and (tile.rows == WINDOW_ROWS or not problem.ordered)
+        if tile.shared_bytes(problem.widest) <= arch.shared_bytes
         for parts in PARTS
         if parts == 1 or problem.steps >= 2 * parts  # a part keeps at least two steps to run through
     ]
@@ -186,12 +188,14 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     rate = arch.products * arch.reached * (2 if problem.native4 else 1)
     step = max(tile.rows * tile.tokens * STEP_COLS / rate, tile.stage_bytes(problem.widest) / arch.l2_bytes)
     steps = -(-problem.steps // plan.parts)
-    output = EPILOGUE_INSTRUCTIONS / 128 + (REORDER_CLOCKS if problem.ordered else 0.0)
-    chain = FILL_CLOCKS + steps * step + tile.rows * tile.tokens * output
+    reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS else 0.0
+    scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
+    busy = steps * step + tile.rows * tile.tokens * scatter
+    chain = FILL_CLOCKS + busy + tile.rows * tile.tokens * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
     blocks = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens) * plan.parts
     each_sm = -(-blocks // gpu.sms)
     resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
-    us = LAUNCH_US + max(math.ceil(each_sm / resident) * chain, each_sm * steps * step) / (1e3 * arch.ghz)
+    us = LAUNCH_US + max(math.ceil(each_sm / resident) * chain, each_sm * busy) / (1e3 * arch.ghz)
     if plan.parts > 1:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
         us += LAUNCH_US + sum_bytes / (gpu.sms * arch.l2_bytes * 1e3 * arch.ghz)
