@@ -97,7 +97,7 @@ def step_row(arch: str, operands: str, tile: Tile, body: Counter[str]) -> dict[s
     counts = (imma, body["LDS.128"], ldsm, body["LDGSTS.128"], body["ALU"], body["FMA"], total)
     row = (arch, operands, f"{tile.rows}x{tile.tokens}", width(body), *counts, *(round(clocks[p], 1) for p in PIPES))
     pct = round(100 * clocks[after] / clocks["tensor"], 1)
-    l2_per_clk = round(tile.stage_bytes(width(body)) / clocks["tensor"], 1)
+    l2_per_clk = round(tile.step_bytes(width(body)) / clocks["tensor"], 1)
     return dict(zip(COLUMNS, (*row, bound, after, pct, 0.0, l2_per_clk), strict=True))
 
 

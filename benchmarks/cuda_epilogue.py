@@ -174,7 +174,8 @@ def accesses(tile: Tile, order: list[int], words: bool) -> Iterator[list[tuple[i
     tokens_of_lane = tile.tokens // token_warps // 8
     passes, size = (tokens_of_lane // 4, 16) if words else (1, tokens_of_lane)  # size: bytes that a lane writes
     panel = 32 * tile.rows
-    fours_of_panel = 2 if words else 8
+    pack = 8 if words else 4  # bytes that a lane reads back
+    packs_of_panel = 32 // pack
     for _ in range(passes):
         for group, token_warp, i in itertools.product(range(tile.rows // GROUP_ROWS), range(token_warps), range(16)):
             access = []
@@ -183,14 +184,14 @@ def accesses(tile: Tile, order: list[int], words: bool) -> Iterator[list[tuple[i
                 row = order[GROUP_ROWS * group + 16 * (lane % 4) + i]
                 access.append((byte // 32 * panel + byte % 32 + staged_offset(row), size))
             yield access
-        fours = 8 * token_warps * (4 if words else tokens_of_lane) // 4
-        for block, first, i in itertools.product(range(tile.rows // 32), range(0, fours, 8), range(8)):
+        packs = 8 * token_warps * size // pack
+        for block, first, i in itertools.product(range(tile.rows // 32), range(0, packs, 8), range(8)):
             access = []
             for lane in range(32):
-                four = first + lane // (4 * fours_of_panel) * fours_of_panel + lane % fours_of_panel
-                row = 32 * block + lane // fours_of_panel % 4 * 8 + i
-                at = four // fours_of_panel * panel + four % fours_of_panel * (16 if words else 4)
-                access.append((at + staged_offset(row), 16 if words else 4))
+                number = first + lane // (4 * packs_of_panel) * packs_of_panel + lane % packs_of_panel
+                row = 32 * block + lane // packs_of_panel % 4 * 8 + i
+                at = number // packs_of_panel * panel + number % packs_of_panel * pack
+                access.append((at + staged_offset(row), pack))
             yield access
 
 

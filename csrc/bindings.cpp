@@ -89,10 +89,10 @@ PYBIND11_MODULE(_cuda, module) {
       }));
   define(module, "linear", &vitq::linear);
   module.def("gemm_tiles", [] {
-    std::vector<std::tuple<int, int, int, int, int>> rows;
+    std::vector<std::tuple<int, int, int, int, int, bool>> rows;
     for (int i = 0; i < vitq::kGemmTiles; ++i) {
       const vitq::GemmTile tile = vitq::gemm_tile(i);
-      rows.emplace_back(tile.rows, tile.tokens, tile.threads, tile.stages, tile.blocks);
+      rows.emplace_back(tile.rows, tile.tokens, tile.threads, tile.stages, tile.blocks, tile.wgmma);
     }
     return rows;
   });
@@ -103,9 +103,16 @@ PYBIND11_MODULE(_cuda, module) {
 #ifdef VITQ_EMULATION
   module.def("set_seed", &vitq::emulation::set_seed);
   module.def("gelu", [](float y, bool tanh_form) { return tanh_form ? vitq::gelu_tanh(y) : vitq::gelu_erf(y); });
-  module.def("plant", [](int skipped_barrier, unsigned extra_pending, bool unbounded_copies, bool swapped_fragment) {
-    vitq::emulation::faults() = {skipped_barrier, extra_pending, unbounded_copies, swapped_fragment};
-  });
+  module.def(
+      "plant",
+      [](int skipped_barrier, unsigned extra_pending, bool unbounded_copies, bool swapped_fragment, bool no_fence,
+         bool no_swizzle, bool wrong_parity) {
+        vitq::emulation::faults() = {skipped_barrier, extra_pending, unbounded_copies, swapped_fragment,
+                                     no_fence,        no_swizzle,    wrong_parity};
+      },
+      py::arg("skipped_barrier") = 0, py::arg("extra_pending") = 0, py::arg("unbounded_copies") = false,
+      py::arg("swapped_fragment") = false, py::arg("no_fence") = false, py::arg("no_swizzle") = false,
+      py::arg("wrong_parity") = false);
   module.def("take_barrier_lines", [] {
     std::array<int, 256> lines;
     const size_t count = vitq::emulation::take_barrier_lines(lines.data(), lines.size());

@@ -8,9 +8,9 @@
 
 namespace vitq {
 
-constexpr int kRun = 8;  // consecutive rows that a thread finishes at a time
+constexpr int kRun = 8;  // outputs that a thread finishes at a time: consecutive rows of a token, or tokens of a row
 
-// What a run of rows needs of the vectors.
+// What a run needs of the vectors, output by output.
 struct RunVectors {
   float multiplier[kRun];
   int32_t bias[kRun];
@@ -62,23 +62,29 @@ __device__ __forceinline__ void activate(const EpilogueArguments& with, const Ru
   }
 }
 
-// Rescales the accumulators of a run of rows at one token. What comes out: the low byte is the code (kCodes, kGelu);
-// the word is the float32 in real units, without residual (kReal); or the accumulator (kPartial).
-template <Epilogue kKind>
-__device__ __forceinline__ void rescale(const EpilogueArguments& with, const RunVectors& vectors, float token_scale,
-                                        const int32_t (&acc)[kRun], uint32_t (&word)[kRun]) {
+// Rescales the accumulators of a run. What comes out: the low byte is the code (kCodes, kGelu); the word is the float32 in
+// real units, without residual (kReal); or the accumulator (kPartial). scale_of(i): of output i's token, asked for where
+// there are scales of tokens.
+template <Epilogue kKind, class ScaleOf>
+__device__ __forceinline__ void rescale(const EpilogueArguments& with, const RunVectors& vectors,
+                                        const ScaleOf& scale_of, const int32_t (&acc)[kRun], uint32_t (&word)[kRun]) {
   const CodeRange range = code_range(kKind == Epilogue::kPartial ? 8 : with.bits);
+  if constexpr (kKind == Epilogue::kReal) {
+    if (with.token_scale != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const float y = int_to_float(acc[i]) * (scale_of(i) * vectors.multiplier[i]);
+        word[i] = float_bits(with.bias_q == nullptr ? y : y + bits_float(static_cast<uint32_t>(vectors.bias[i])));
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     if constexpr (kKind == Epilogue::kPartial) {
       word[i] = static_cast<uint32_t>(acc[i]);
     } else if constexpr (kKind == Epilogue::kCodes) {
       word[i] = requantise(int_to_float(acc[i] + vectors.bias[i]), vectors.multiplier[i], vectors.zero[i], range);
-    } else if constexpr (kKind == Epilogue::kGelu) {
-      word[i] = float_bits(int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i]);
-    } else if (with.token_scale != nullptr) {
-      const float y = int_to_float(acc[i]) * (token_scale * vectors.multiplier[i]);
-      word[i] = float_bits(with.bias_q == nullptr ? y : y + bits_float(static_cast<uint32_t>(vectors.bias[i])));
     } else {
       word[i] = float_bits(int_to_float(acc[i] + vectors.bias[i]) * vectors.multiplier[i]);
     }

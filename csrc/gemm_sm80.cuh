@@ -21,7 +21,7 @@
 
 #include <type_traits>
 
-#include "gemm_store.cuh"
+#include "gemm_sm80_store.cuh"
 #include "launch.cuh"
 
 namespace vitq {
@@ -220,12 +220,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(const Gem
   const int lane = lane_index(), at = row_warp * kGroupRows + lane % 4 * 2 * kRun;
   const int its_token = first_token + token_warp * T::kWarpTokens + lane / 4 * 2 * T::kTokenFragments;
   const bool staged = is_staged(with);
+  void* to = output_of<kKind>(with, blockIdx.z);
   Outputs<kKind, T> out;
   finish<kKind, T>(with, acc, vectors, at, its_token, shift, staged, out);
   if (staged) {
-    store_through_shared<kKind, T>(with, out, vectors + kVectors * T::kRows + at, stages, first_row, first_token);
+    store_through_shared<kKind, T>(with, out, vectors + kVectors * T::kRows + at, stages, first_row, first_token, to);
   } else {
-    store_direct<kKind, T>(with, out, first_row + at, its_token);
+    store_direct<kKind, T>(with, out, first_row + at, its_token, to);
   }
 }
 

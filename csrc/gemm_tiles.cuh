@@ -7,7 +7,7 @@
 
 namespace vitq {
 
-// Tiles as data: index, warps along the rows, warps along the tokens, fragments of 16 tokens a warp, stages, blocks an
+// The tiles of gemm_sm80.cuh as data: index, warps along the rows, warps along the tokens, fragments of 16 tokens a warp, stages, blocks an
 // SM that the register budget leaves room for. gemm_tiles() shows them to Python, whose model chooses.
 #define VITQ_GEMM_TILES(X) \
   X(0, 4, 2, 4, 3, 1)      \
@@ -54,16 +54,25 @@ __host__ __device__ constexpr int staged_offset(int row) {
   return row / 4 * 4 * kPanelBytes + ((row ^ row / 8) & 3) * kPanelBytes;
 }
 
-// What a pass stages: of each lane all its tokens (codes) or four (words), of all warps at once.
+// Tokens of a row that are read back together: four codes a word, or two words.
+__host__ __device__ constexpr int staged_tokens(int element) { return element == 1 ? 4 : 2; }
+
+// What a pass of gemm_sm80.cuh stages: of each lane all its tokens (codes) or four (words), of all warps at once.
+// `token_of` says which token of the pass begins a pack of staged_tokens: of a pack of codes two, and kJump further two.
 template <class T, int kElement>
 struct Staging {
+  static constexpr int kRows = T::kRows, kOfPack = staged_tokens(kElement);
   static constexpr int kOfLane = 2 * T::kTokenFragments;
   static constexpr int kAtOnce = kElement == 1 ? kOfLane : 4;
-  static constexpr int kLaneBytes = kAtOnce * kElement;            // of a row
-  static constexpr int kFours = 8 * T::kTokenWarps * kAtOnce / 4;  // groups of four tokens
-  static constexpr int kFoursOfPanel = kPanelBytes / (4 * kElement);
+  static constexpr int kLaneBytes = kAtOnce * kElement;  // of a row
+  static constexpr int kPacks = 8 * T::kTokenWarps * kAtOnce / kOfPack;
+  static constexpr int kPacksOfPanel = kPanelBytes / (kOfPack * kElement);
   static constexpr int kPanel = kPanelBytes * T::kRows;
-  static constexpr int kBytes = kFours / kFoursOfPanel * kPanel;
+  static constexpr int kBytes = kPacks / kPacksOfPanel * kPanel;
+  static constexpr int kJump = 0;
+  static __host__ __device__ constexpr int token_of(int pack) {
+    return kOfPack * pack / kAtOnce * kOfLane + kOfPack * pack % kAtOnce;
+  }
 };
 
 // Bytes of a stage and of the whole shared memory of a block: vectors, then stages or, after them, staged outputs.

@@ -87,8 +87,9 @@ struct LinearWeight {
 // One row of the table of tiles.
 struct GemmTile {
   int rows, tokens, threads, stages, blocks;
+  bool wgmma;  // for sm_90a alone
 };
-constexpr int kGemmTiles = 6;
+constexpr int kGemmTiles = 9;
 GemmTile gemm_tile(int index);
 // Bytes of shared memory of a block; staged: its outputs are (is_staged of gemm_tiles.cuh).
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);

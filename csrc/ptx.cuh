@@ -34,7 +34,7 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 // The block's dynamic shared memory, aligned for every access.
 __device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char vitq_shared[];
+  extern __shared__ __align__(1024) unsigned char vitq_shared[];
   return vitq_shared;
 }
 

@@ -89,4 +89,44 @@ struct WeightStep {
   }
 };
 
+// The same step for a warp of a warpgroup, as wgmma takes it: registers 8 warp .. 8 warp + 7, here 0 .. 7. Their words
+// lie together in each plane: 8, 4, 2 and 1 of a lane's.
+template <int kBits>
+struct WarpgroupStep {
+  uint4 plane8[2], plane4;
+  uint2 plane2;
+  uint32_t plane1;
+
+  // chunks: of the step, not of the lane.
+  __device__ __forceinline__ WarpgroupStep(const unsigned char* chunks, int warp) {
+    const unsigned char* of_lane = chunks + 16 * lane_index();
+    const auto at = [&](int plane, int word) {
+      return of_lane + (first_chunk(kBits, plane) + word / 4) * kChunkBytes + word % 4 * 4;
+    };
+    if constexpr (has_plane(kBits, 8)) {
+      plane8[0] = *reinterpret_cast<const uint4*>(at(8, 8 * warp));
+      plane8[1] = *reinterpret_cast<const uint4*>(at(8, 8 * warp + 4));
+    }
+    if constexpr (has_plane(kBits, 4)) plane4 = *reinterpret_cast<const uint4*>(at(4, 4 * warp));
+    if constexpr (has_plane(kBits, 2)) plane2 = *reinterpret_cast<const uint2*>(at(2, 2 * warp));
+    if constexpr (has_plane(kBits, 1)) plane1 = *reinterpret_cast<const uint32_t*>(at(1, warp));
+  }
+
+  template <int kRegister>
+  __device__ __forceinline__ uint32_t bytes() const {
+    const auto word = [](const uint4& four, int index) {
+      return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
+    };
+    if constexpr (kBits == 8) return word(plane8[kRegister / 4], kRegister % 4);
+    uint32_t result = 0;
+    if constexpr (has_plane(kBits, 4)) result |= part_of<4, kRegister % 2, 4>(word(plane4, kRegister / 2));
+    constexpr int kTop = has_plane(kBits, 4) ? 2 : 6;
+    if constexpr (has_plane(kBits, 2)) {
+      result |= part_of<2, kRegister % 4, kTop>(kRegister < 4 ? plane2.x : plane2.y);
+    }
+    if constexpr (has_plane(kBits, 1)) result |= part_of<1, kRegister, 8 - kBits>(plane1);
+    return result;
+  }
+};
+
 }  // namespace vitq

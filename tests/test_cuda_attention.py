@@ -104,7 +104,7 @@ def test_sizes_beyond_the_kernel_are_named(emulated: BackendCase, s: int, d: int
 @pytest.fixture
 def planted(emulated: BackendCase) -> Iterator[Any]:
     yield module()
-    module().plant(0, 0, False, False)
+    module().plant()
     module().set_seed(1)
 
 
@@ -126,15 +126,15 @@ def test_every_barrier_is_needed(planted: Any, s: int) -> None:
     lines = planted.take_barrier_lines()
     assert len(lines) == {200: 4, 300: 3}[s]
     for line in lines:
-        planted.plant(line, 0, False, False)
+        planted.plant(skipped_barrier=line)
         assert fails_under_some_seed(given), f"without the barrier of line {line} the numbers are the same"
 
 
 @pytest.mark.parametrize(
-    "fault", [(0, 1, False, False), (0, 0, False, True)], ids=["wait-for-too-few", "swapped-fragment"]
+    "fault", [{"extra_pending": 1}, {"swapped_fragment": True}], ids=lambda fault: next(iter(fault))
 )
-def test_a_fault_of_the_pipeline_is_caught(planted: Any, fault: tuple[int, int, bool, bool]) -> None:
-    planted.plant(*fault)
+def test_a_fault_of_the_pipeline_is_caught(planted: Any, fault: dict[str, Any]) -> None:
+    planted.plant(**fault)
     assert fails_under_some_seed(arguments(100, 64), seeds=1)
 
 

@@ -149,7 +149,7 @@ def test_a_wrong_call_is_refused(emulated: BackendCase, op: str, changes: dict[s
 @pytest.fixture
 def planted(emulated: BackendCase) -> Iterator[Any]:
     yield module()
-    module().plant(0, 0, False, False)
+    module().plant()
     module().set_seed(1)
 
 
@@ -161,7 +161,7 @@ def test_the_barrier_of_a_long_row_is_needed(planted: Any, op: str, cols: int) -
     planted.take_barrier_lines()
     check(case, "cpu")
     (line,) = planted.take_barrier_lines()
-    planted.plant(line, 0, False, False)
+    planted.plant(skipped_barrier=line)
     with pytest.raises(AssertionError):
         check(case, "cpu")
 

@@ -20,7 +20,7 @@ from tests.test_cuda_linear import check, linear_case
 from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.spec import RowGroups
 if {planted}:
-    module().plant(0, 0, True, False)
+    module().plant(unbounded_copies=True)
 check(linear_case(RowGroups.uniform(72, 4), 35, 208), "cpu")
 print("numbers are right")
 """

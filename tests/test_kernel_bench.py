@@ -202,11 +202,11 @@ def test_a_wrong_triton_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture
 def planted(emulated: BackendCase) -> Iterator[Any]:
     yield module()
-    module().plant(0, 0, False, False)
+    module().plant()
 
 
 def test_a_fault_inside_the_kernel_is_not_timed(planted: Any, tmp_path: Path) -> None:
-    planted.plant(0, 0, False, True)  # a swapped fragment
+    planted.plant(swapped_fragment=True)  # a swapped fragment
     refused(bench(stage_run(tmp_path), FakeTimer(), CUDA), LAYER)
 
 

@@ -143,11 +143,11 @@ def test_every_plan_is_forced_and_checked(small: None, emulated: BackendCase, mo
 
 def test_a_wrong_plan_is_found(small: None, emulated: BackendCase) -> None:
     task = tile_tasks(SMALL_CUDA, "cpu")[0]
-    module().plant(0, 0, False, True)  # a swapped fragment
+    module().plant(swapped_fragment=True)  # a swapped fragment
     try:
         assert "elements differ" in check_one(task, SMALL_CUDA, "cpu")
     finally:
-        module().plant(0, 0, False, False)
+        module().plant()
 
 
 def test_products_of_another_width_are_found(

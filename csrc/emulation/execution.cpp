@@ -23,7 +23,33 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;  // the largest kernel's frame under the sanitizers, with room
 constexpr unsigned char kGarbage = 0xCD;
 
-enum class State { kReady, kAtCollective, kAtBarrier, kDone };
+enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kAtMbarrier, kDone };
+
+constexpr unsigned kWarpgroup = 128;
+constexpr unsigned kNamedBarriers = 16;
+
+// What an mbarrier's 8 bytes hold.
+struct Mbarrier {
+  int32_t bytes;     // that the phase still waits for
+  uint8_t expected;  // arrivals of a phase
+  uint8_t arrivals;  // that the phase still waits for
+  uint8_t parity;    // of the phase under way
+  uint8_t mark;      // kMark: initialised
+
+  static constexpr uint8_t kMark = 0x5B;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+// Products of a warpgroup that have been issued but not computed; the last group is not committed.
+struct Products {
+  std::vector<std::vector<std::function<void()>>> groups{1};
+};
+
+struct Arrival {
+  void* barrier;
+  unsigned bytes;
+  std::function<void()> copy;
+};
 
 struct Copy {
   void* target;
@@ -38,6 +64,10 @@ struct Thread {
   const char* instruction = nullptr;  // that it waits at
   Execute execute = nullptr;
   void* operands = nullptr;
+  unsigned width = kWarp;            // of the collective
+  unsigned barrier = 0, parity = 0;  // that it waits at: of the named ones; of the mbarrier's phase
+  const Mbarrier* mbarrier = nullptr;
+  bool fenced = false;                       // no register written since wgmma.fence, as far as we know
   std::vector<std::vector<Copy>> groups{1};  // of cp.async; the last one is not committed
 };
 
@@ -60,9 +90,13 @@ Stacks stacks;
 class Block {
  public:
   Block(dim3 index, dim3 grid, unsigned count, size_t shared_bytes, const std::function<void()>& kernel)
-      : kernel_(kernel), threads_(count), shared_bytes_(shared_bytes) {
-    // Beyond the C library's 16 bytes: the strictest alignment that an instruction asks of shared memory is 128.
-    shared_ = static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128));
+      : kernel_(kernel),
+        threads_(count),
+        shared_bytes_(shared_bytes),
+        products_((count + kWarpgroup - 1) / kWarpgroup),
+        late_(random_bits() % 2) {
+    // Beyond the C library's 16 bytes: the strictest alignment that an instruction asks of shared memory is 1024.
+    shared_ = static_cast<unsigned char*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
     std::memset(shared_, kGarbage, shared_bytes);
     for (unsigned i = 0; i < count; ++i) {
       threads_[i].indices = {dim3(i, 0, 0), index, dim3(count), grid};
@@ -75,7 +109,11 @@ class Block {
 
   void run();
   void stop_at(State state);  // of the running thread: hands over to the scheduler
-  void meet(const char* name, void* operands, Execute execute);
+  void wait_at(unsigned barrier, unsigned threads);
+  void meet(const char* name, void* operands, Execute execute, unsigned width);
+  void start_copy(Arrival arrival) { arrivals_.push_back(std::move(arrival)); }
+  Products& products() { return products_[running_->indices.thread.x / kWarpgroup]; }
+  bool late() const { return late_; }
 
   Thread& running() { return *running_; }
   unsigned char* shared() { return shared_; }
@@ -86,6 +124,9 @@ class Block {
   void start(size_t index);
   void resume(Thread& thread);
   void run_warp(size_t first, size_t last);
+  void deliver();       // one of the copies behind mbarriers
+  void open_barrier();  // of the block, which all have reached
+  bool can_run(const Thread& thread) const;
 
   const std::function<void()>& kernel_;
   std::vector<Thread> threads_;
@@ -96,9 +137,29 @@ class Block {
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
   std::exception_ptr failure_;
+  std::vector<Arrival> arrivals_;
+  std::vector<Products> products_;
+  bool late_;  // whether wgmma computes at the wait
 };
 
 Block* current = nullptr;
+
+Mbarrier& mbarrier_at(void* address) {
+  check_shared(address, sizeof(Mbarrier), "mbarrier");
+  Mbarrier& barrier = *static_cast<Mbarrier*>(address);
+  if (barrier.mark != Mbarrier::kMark) throw std::runtime_error("emulation: an mbarrier that is not initialised");
+  return barrier;
+}
+
+// Takes arrivals and bytes off a phase; the next one begins when none are left.
+void complete(Mbarrier& barrier, unsigned arrivals, unsigned bytes) {
+  if (arrivals > barrier.arrivals) throw std::runtime_error("emulation: more arrivals at an mbarrier than it expects");
+  barrier.arrivals = static_cast<uint8_t>(barrier.arrivals - arrivals);
+  barrier.bytes -= static_cast<int32_t>(bytes);
+  if (barrier.arrivals > 0 || barrier.bytes != 0) return;
+  barrier.arrivals = barrier.expected;
+  barrier.parity ^= 1;
+}
 
 // Tells AddressSanitizer which stack is in use.
 void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
@@ -154,12 +215,12 @@ void Block::stop_at(State state) {
   after_switch(fake, &scheduler_stack_, &scheduler_stack_bytes_);
 }
 
-void Block::meet(const char* name, void* operands, Execute execute) {
+void Block::meet(const char* name, void* operands, Execute execute, unsigned width) {
   Thread& self = *running_;
-  self.instruction = name, self.operands = operands, self.execute = execute;
-  const size_t first = self.indices.thread.x / kWarp * kWarp;
+  self.instruction = name, self.operands = operands, self.execute = execute, self.width = width;
+  const size_t first = self.indices.thread.x / width * width;
   unsigned arrived = 1;
-  for (size_t i = first; i < first + kWarp && i < threads_.size(); ++i) {
+  for (size_t i = first; i < first + width && i < threads_.size(); ++i) {
     const Thread& other = threads_[i];
     if (&other == &self || other.state != State::kAtCollective) continue;
     if (other.execute != execute) {
@@ -168,11 +229,30 @@ void Block::meet(const char* name, void* operands, Execute execute) {
     }
     ++arrived;
   }
-  if (arrived < kWarp) return stop_at(State::kAtCollective);
-  void* all[kWarp];
-  for (int i = 0; i < kWarp; ++i) all[i] = threads_[first + i].operands;
+  if (arrived < width) return stop_at(State::kAtCollective);
+  void* all[kWarpgroup];
+  for (unsigned i = 0; i < width; ++i) all[i] = threads_[first + i].operands;
   execute(all);
-  for (int i = 0; i < kWarp; ++i) threads_[first + i].state = State::kReady;
+  for (unsigned i = 0; i < width; ++i) threads_[first + i].state = State::kReady;
+}
+
+void Block::wait_at(unsigned barrier, unsigned threads) {
+  if (barrier >= kNamedBarriers || threads % kWarp != 0) throw std::runtime_error("emulation: no such named barrier");
+  Thread& self = *running_;
+  self.barrier = barrier;
+  unsigned arrived = 1;
+  for (const Thread& other : threads_) {
+    arrived += &other != &self && other.state == State::kAtNamedBarrier && other.barrier == barrier;
+  }
+  if (arrived < threads) return stop_at(State::kAtNamedBarrier);
+  for (Thread& other : threads_) {
+    if (other.state == State::kAtNamedBarrier && other.barrier == barrier) other.state = State::kReady;
+  }
+}
+
+bool Block::can_run(const Thread& thread) const {
+  if (thread.state == State::kAtMbarrier) return thread.mbarrier->parity != thread.parity;
+  return thread.state == State::kReady;
 }
 
 void Block::run_warp(size_t first, size_t last) {
@@ -180,18 +260,42 @@ void Block::run_warp(size_t first, size_t last) {
   for (;;) {
     ready.clear();
     for (size_t i = first; i < last; ++i) {
-      if (threads_[i].state == State::kReady) ready.push_back(&threads_[i]);
+      if (can_run(threads_[i])) ready.push_back(&threads_[i]);
     }
     if (ready.empty()) break;
     std::shuffle(ready.begin(), ready.end(), random_bits);
     for (Thread* thread : ready) {
-      if (thread->state == State::kReady) resume(*thread);
+      if (!can_run(*thread)) continue;
+      thread->state = State::kReady;
+      resume(*thread);
     }
   }
   for (size_t i = first; i < last; ++i) {
-    if (threads_[i].state == State::kAtCollective) {
+    if (threads_[i].state == State::kAtCollective && threads_[i].width == kWarp) {
       throw std::runtime_error(std::string("emulation: not all lanes of a warp arrive at ") + threads_[i].instruction);
     }
+  }
+}
+
+void Block::deliver() {
+  const size_t chosen = random_bits() % arrivals_.size();
+  const Arrival arrival = std::move(arrivals_[chosen]);
+  arrivals_.erase(arrivals_.begin() + static_cast<std::ptrdiff_t>(chosen));
+  arrival.copy();
+  complete(*static_cast<Mbarrier*>(arrival.barrier), 0, arrival.bytes);
+}
+
+void Block::open_barrier() {
+  for (const Thread& thread : threads_) {
+    if (thread.state == State::kDone || thread.state == State::kAtBarrier) continue;
+    throw std::runtime_error(std::string("emulation: deadlock; thread ") + std::to_string(thread.indices.thread.x) +
+                             " waits " +
+                             (thread.state == State::kAtMbarrier       ? "for an mbarrier"
+                              : thread.state == State::kAtNamedBarrier ? "at a named barrier"
+                                                                       : thread.instruction));
+  }
+  for (Thread& thread : threads_) {
+    if (thread.state == State::kAtBarrier) thread.state = State::kReady;
   }
 }
 
@@ -199,18 +303,35 @@ void Block::run() {
   for (size_t i = 0; i < threads_.size(); ++i) start(i);
   std::vector<size_t> warps;
   for (size_t first = 0; first < threads_.size(); first += kWarp) warps.push_back(first);
-  for (;;) {
-    // Warps run as far as they can, in random order; then all of them stand at a barrier, or are done.
-    std::shuffle(warps.begin(), warps.end(), random_bits);
-    for (size_t first : warps) run_warp(first, std::min(first + kWarp, threads_.size()));
-    bool waiting = false;
-    for (Thread& thread : threads_) {
-      if (thread.state != State::kAtBarrier) continue;
-      thread.state = State::kReady;
-      waiting = true;
+  std::swap(warps[random_bits() % warps.size()], warps.back());
+  const auto done = [&] {
+    return std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::kDone; });
+  };
+  while (!done()) {
+    // Warps run as far as they can, in random order, one of them only where no other can; then all of them stand at a
+    // barrier, or are done.
+    bool ran = false;
+    std::shuffle(warps.begin(), warps.end() - 1, random_bits);
+    for (size_t first : warps) {
+      if (ran && first == warps.back()) break;
+      const size_t last = std::min(first + kWarp, threads_.size());
+      if (!std::any_of(threads_.begin() + static_cast<std::ptrdiff_t>(first),
+                       threads_.begin() + static_cast<std::ptrdiff_t>(last),
+                       [&](const Thread& thread) { return can_run(thread); })) {
+        continue;
+      }
+      if (!arrivals_.empty() && random_bits() % 4 == 0) deliver();
+      run_warp(first, last);
+      ran = true;
     }
-    if (!waiting) return;
+    if (ran) continue;
+    if (arrivals_.empty()) {
+      open_barrier();
+    } else {
+      deliver();
+    }
   }
+  if (!arrivals_.empty()) throw std::runtime_error("emulation: a block ends while copies into it are under way");
 }
 
 }  // namespace
@@ -258,7 +379,73 @@ void barrier(int line) {
   if (line != planted.skipped_barrier) current->stop_at(State::kAtBarrier);
 }
 
-void collective(const char* name, void* operands, Execute execute) { current->meet(name, operands, execute); }
+void named_barrier(int line, int number, unsigned threads) {
+  barrier_lines.insert(line);
+  if (line != planted.skipped_barrier) current->wait_at(static_cast<unsigned>(number), threads);
+}
+
+void collective(const char* name, void* operands, Execute execute, unsigned width) {
+  current->meet(name, operands, execute, width);
+}
+
+void mbarrier_init(void* address, unsigned arrivals) {
+  check_shared(address, sizeof(Mbarrier), "mbarrier.init");
+  const auto count = static_cast<uint8_t>(arrivals);
+  *static_cast<Mbarrier*>(address) = {0, count, count, 0, Mbarrier::kMark};
+}
+
+void mbarrier_arrive(void* address, unsigned expected_bytes) {
+  Mbarrier& barrier = mbarrier_at(address);
+  barrier.bytes += static_cast<int32_t>(expected_bytes);
+  complete(barrier, 1, 0);
+}
+
+void mbarrier_wait(int line, void* address, unsigned parity) {
+  barrier_lines.insert(line);
+  if (line == planted.skipped_barrier) return;
+  Thread& self = current->running();
+  self.mbarrier = &mbarrier_at(address), self.parity = (parity ^ planted.wrong_parity) & 1;
+  if (self.mbarrier->parity == self.parity) current->stop_at(State::kAtMbarrier);
+}
+
+void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy) {
+  mbarrier_at(barrier);
+  current->start_copy({barrier, bytes, std::move(copy)});
+}
+
+void issue_wgmma(std::function<void()> execute) {
+  Products& products = current->products();
+  const bool waiting = std::any_of(products.groups.begin(), products.groups.end(), [](auto& g) { return !g.empty(); });
+  if (!current->late() && !waiting) return execute();
+  products.groups.back().push_back(std::move(execute));
+}
+
+void wgmma_fence() { current->running().fenced = !planted.no_fence; }
+
+void check_wgmma_fence() {
+  if (!current->running().fenced) throw std::runtime_error("emulation: wgmma without a fence since the last wait");
+}
+
+void wgmma_commit() {
+  collective(
+      "wgmma.commit_group", nullptr, [](void* const*) { current->products().groups.emplace_back(); }, kWarpgroup);
+}
+
+void wgmma_wait(unsigned pending_groups) {
+  current->running().fenced = false;
+  static thread_local unsigned kept;
+  kept = pending_groups + planted.extra_pending + 1;  // and the one not committed
+  collective(
+      "wgmma.wait_group", nullptr,
+      [](void* const*) {
+        auto& groups = current->products().groups;
+        while (groups.size() > kept) {
+          for (const auto& execute : groups.front()) execute();
+          groups.erase(groups.begin());
+        }
+      },
+      kWarpgroup);
+}
 
 void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid) {
   check_shared(shared, bytes, "cp.async");

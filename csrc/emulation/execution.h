@@ -4,6 +4,8 @@
 // computed once all 32 lanes have arrived at it; lanes that never arrive are an error. The schedule is adversarial:
 // a warp, chosen at random, runs ahead until it must wait for a barrier, its lanes in random order; a missing
 // __syncthreads() then reads what another warp has not written yet. Round-robin scheduling lets it pass.
+// What is asynchronous arrives at any time the hardware may choose, drawn at random: copies behind an mbarrier between
+// their start and the moment when nothing else can run, a wgmma between its issue and the wait that covers it.
 // Shared memory starts as garbage and is allocated to the byte, so that AddressSanitizer sees what leaves it.
 #pragma once
 
@@ -16,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 struct uint2 {
   unsigned x, y;
@@ -50,9 +53,29 @@ void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::functio
 // __syncthreads(); `line` names the place for plant().
 void barrier(int line);
 
-// A warp instruction: `execute` runs once, with the operands that each lane gave.
-using Execute = void (*)(void* const operands[kWarp]);
-void collective(const char* name, void* operands, Execute execute);
+// A barrier of `threads` threads of the block, one of 16; `line` as above.
+void named_barrier(int line, int number, unsigned threads);
+
+// A warp instruction: `execute` runs once, with the operands that each lane gave. Of `width` threads: of a warpgroup.
+using Execute = void (*)(void* const operands[]);
+void collective(const char* name, void* operands, Execute execute, unsigned width = kWarp);
+
+// mbarrier: arrivals and bytes that a phase waits for; they lie in its 8 bytes of shared memory.
+void mbarrier_init(void* barrier, unsigned arrivals);
+void mbarrier_arrive(void* barrier, unsigned expected_bytes);
+// Until the phase of this parity is complete; `line` names the place for plant().
+void mbarrier_wait(int line, void* barrier, unsigned parity);
+
+// A copy that completes its bytes at an mbarrier: `copy` runs when it arrives, the target is garbage until then.
+void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy);
+
+// wgmma of the running thread's warpgroup: `execute` computes it, now or at a wait that covers its group. Called once
+// for all 128 threads, by the collective that gathered their operands.
+void issue_wgmma(std::function<void()> execute);
+void wgmma_fence();
+void check_wgmma_fence();  // throws where registers may have been written since the last fence
+void wgmma_commit();
+void wgmma_wait(unsigned pending_groups);
 
 // cp.async: the destination is garbage from here on, and gets the source's bytes at the wait that covers the group.
 void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid);
@@ -61,13 +84,16 @@ void wait_copies(unsigned pending_groups);
 
 // Faults for the tests of the emulation itself: each makes correct source behave as source with that mistake would.
 struct Faults {
-  int skipped_barrier = 0;        // line of a __syncthreads() that is not there
+  int skipped_barrier = 0;        // line of a barrier, or of a wait for an mbarrier, that is not there
   unsigned extra_pending = 0;     // cp.async.wait_group waits for so many groups fewer
   bool unbounded_copies = false;  // cp.async copies beyond the bound that it was given
   bool swapped_fragment = false;  // mma gets its second and third A register exchanged
+  bool no_fence = false;          // wgmma.fence is not there
+  bool no_swizzle = false;        // bulk tensor copies lay rows out one after another
+  bool wrong_parity = false;      // waits for an mbarrier ask for the other phase
 };
 Faults& faults();
-// Lines of the barriers that the last launches met, ascending; reset by reading.
+// Lines of the barriers and waits that the last launches met, ascending; reset by reading.
 size_t take_barrier_lines(int* lines, size_t capacity);
 // Of the schedule; launches that follow draw from it.
 void set_seed(uint64_t seed);

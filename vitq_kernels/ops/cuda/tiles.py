@@ -1,7 +1,7 @@
 """Which tile, and how many parts of K, a linear layer gets: the kernel's table, and a model that ranks it.
 
-``TILES`` is the table of csrc/gemm_sm80.cuh (a test compares them). The model, in clocks of one SM, for a tile of R
-rows and T tokens and steps of 64 columns:
+``TILES`` is the tables of csrc/gemm_tiles.cuh and gemm_sm90_tiles.cuh (a test compares them). The model, in clocks of one
+SM, for a tile of R rows and T tokens and steps of 64 columns:
 
     mma   = R T 64 / rate                 ``rate`` products a clock of mma.sync, times what a loop reaches of it
     load  = (R b/8 + T) 64 / l2           bytes from L2, ``l2`` a clock and SM
@@ -11,7 +11,10 @@ rows and T tokens and steps of 64 columns:
 (where reordered rows meet a tile that is smaller than their window, SCATTER instead of REORDER, which no other block
 hides) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop is hidden
 under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL, EPILOGUE
-and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check)."""
+and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check).
+
+On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, and a block takes tile after tile and fills its
+stages only once: chain = FILL + n (steps max(mma, load) + way out)."""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
 WINDOW_ROWS = 256  # reordered rows stay in it: a tile that holds it stores whole sectors
 PARTS = (1, 2, 3, 4, 6, 8, 12)
-VECTOR_BYTES = 20  # a row of the tile: four vectors and the model row
+VECTOR_BYTES = 20  # a row of the tile: four vectors and where it is staged
+BARRIER_BYTES = 1024  # of wgmma, with what aligns the stages behind them
+STEPS_OF_STAGE = 2  # of wgmma
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,19 @@ class Tile:
     threads: int
     stages: int
     blocks: int  # an SM that the registers leave room for
+    wgmma: bool = False  # Hopper's kernel
 
-    def stage_bytes(self, widest: int) -> int:
-        """Shared memory of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
+    def step_bytes(self, widest: int) -> int:
+        """Bytes of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
         return self.tokens * STEP_COLS + self.rows // GROUP_ROWS * widest * CHUNK_BYTES
 
     def shared_bytes(self, widest: int) -> int:
-        """Shared memory of a block; outputs that are staged for reordering fit where the stages lay."""
-        return VECTOR_BYTES * self.rows + self.stages * self.stage_bytes(widest)
+        """Shared memory of a block; mma.sync's staged outputs fit where the stages lay, wgmma's lie beside them."""
+        stages = self.stages * self.step_bytes(widest)
+        if not self.wgmma:
+            return VECTOR_BYTES * self.rows + stages
+        staged = self.rows * max(self.tokens, 4 * 64)  # codes of all tokens, or words of 64
+        return STEPS_OF_STAGE * stages + staged + BARRIER_BYTES
 
 
 TILES = (
@@ -61,6 +71,9 @@ TILES = (
     Tile(128, 64, 128, 4, 3),
     Tile(256, 32, 128, 4, 3),
     Tile(64, 64, 64, 4, 6),
+    Tile(128, 256, 288, 4, 1, wgmma=True),
+    Tile(256, 128, 544, 3, 1, wgmma=True),
+    Tile(128, 64, 288, 4, 1, wgmma=True),
 )
 
 
@@ -75,6 +88,7 @@ class Architecture:
     reached: float  # part of it that the loop is assumed to reach
     l2_bytes: float  # a clock and SM; assumed
     ghz: float
+    wgmma_products: int = 0  # of wgmma, dense peak; 0: it has none
 
 
 # Ascending; a GPU belongs to the last class whose cc it reaches. Half of Hopper's peak is assumed for mma.sync.
@@ -82,7 +96,7 @@ ARCHITECTURES = (
     Architecture(80, 163 << 10, 164 << 10, 2048, 0.75, 32, 1.41),
     Architecture(86, 99 << 10, 100 << 10, 1024, 0.75, 20, 1.7),
     Architecture(89, 99 << 10, 100 << 10, 1024, 0.75, 20, 2.5),
-    Architecture(90, 227 << 10, 228 << 10, 2048, 0.9, 32, 1.755),
+    Architecture(90, 227 << 10, 228 << 10, 2048, 0.9, 32, 1.755, wgmma_products=4096),
     Architecture(100, 227 << 10, 228 << 10, 2048, 0.75, 32, 1.85),
     Architecture(120, 99 << 10, 100 << 10, 1024, 0.75, 20, 2.4),
 )
@@ -177,25 +191,34 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
         Plan(number, parts)
         for number, tile in enumerate(TILES)
         if tile.shared_bytes(problem.widest) <= arch.shared_bytes
+        and (not tile.wgmma or (arch.wgmma_products and not problem.native4))
         for parts in PARTS
-        if parts == 1 or problem.steps >= 2 * parts  # a part keeps at least two steps to run through
+        # A part keeps at least two steps to run through, of wgmma two stages.
+        if parts == 1 or problem.steps >= 2 * parts * (STEPS_OF_STAGE if tile.wgmma else 1)
     ]
 
 
 def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     """Microseconds by the model at the head of this file."""
     arch, tile = architecture(gpu), TILES[plan.tile]
-    rate = arch.products * arch.reached * (2 if problem.native4 else 1)
-    step = max(tile.rows * tile.tokens * STEP_COLS / rate, tile.stage_bytes(problem.widest) / arch.l2_bytes)
+    products = arch.wgmma_products if tile.wgmma else arch.products * (2 if problem.native4 else 1)
+    step = max(
+        tile.rows * tile.tokens * STEP_COLS / (products * arch.reached),
+        tile.step_bytes(problem.widest) / arch.l2_bytes,
+    )
     steps = -(-problem.steps // plan.parts)
     reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS else 0.0
     scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
     busy = steps * step + tile.rows * tile.tokens * scatter
-    chain = FILL_CLOCKS + busy + tile.rows * tile.tokens * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
+    way_out = tile.rows * tile.tokens * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
+    chain = FILL_CLOCKS + busy + way_out
     blocks = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens) * plan.parts
     each_sm = -(-blocks // gpu.sms)
     resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
-    us = LAUNCH_US + max(math.ceil(each_sm / resident) * chain, each_sm * busy) / (1e3 * arch.ghz)
+    clocks = max(math.ceil(each_sm / resident) * chain, each_sm * busy)
+    if tile.wgmma:
+        clocks = FILL_CLOCKS + each_sm * (busy + way_out)
+    us = LAUNCH_US + clocks / (1e3 * arch.ghz)
     if plan.parts > 1:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
         us += LAUNCH_US + sum_bytes / (gpu.sms * arch.l2_bytes * 1e3 * arch.ghz)

@@ -1,6 +1,7 @@
-// The launcher of the linear ops: a GEMM in one part, or in several and a kernel that adds them.
+// The launcher of the linear ops: a GEMM of either kind, in one part, or in several and a kernel that adds them.
 
 #include "gemm_sm80.cuh"
+#include "gemm_sm90.cuh"
 
 namespace vitq {
 
@@ -32,10 +33,9 @@ __global__ void __launch_bounds__(128) finish_kernel(const GemmArguments with, c
     load_vectors<kKind>(with.epilogue, row + i, with.rows, run.multiplier[i], run.bias[i], run.zero[i],
                         run.inv_scale[i]);
   }
-  const bool scaled = kKind == Epilogue::kReal && with.epilogue.token_scale != nullptr;
   uint32_t word[kRun];
-  rescale<kKind>(with.epilogue, run, scaled ? with.epilogue.token_scale[token] : 1.0f, acc, word);
-  store_words<kKind>(with, word, Place<kKind>(with, token, row), with.rows - row, vector);
+  rescale<kKind>(with.epilogue, run, [&](int) { return with.epilogue.token_scale[token]; }, acc, word);
+  store_words<kKind>(with, with.out, word, Place<kKind>(with, token, row), with.rows - row, vector);
 }
 
 template <Epilogue kKind>
@@ -47,14 +47,26 @@ void launch_finish(const GemmArguments& with, const int32_t* partial, int parts,
   check_launch("linear, sum of the parts");
 }
 
-template <>
-void launch_gemm<Epilogue::kCodes>(const GemmArguments&, int, bool, int, cudaStream_t);
-template <>
-void launch_gemm<Epilogue::kGelu>(const GemmArguments&, int, bool, int, cudaStream_t);
-template <>
-void launch_gemm<Epilogue::kReal>(const GemmArguments&, int, bool, int, cudaStream_t);
-template <>
-void launch_gemm<Epilogue::kPartial>(const GemmArguments&, int, bool, int, cudaStream_t);
+#define VITQ_DECLARE(kind)                                                    \
+  template <>                                                                 \
+  void launch_gemm<kind>(const GemmArguments&, int, bool, int, cudaStream_t); \
+  template <>                                                                 \
+  void launch_wgmma<kind>(const GemmArguments&, int, int, cudaStream_t);
+VITQ_DECLARE(Epilogue::kCodes)
+VITQ_DECLARE(Epilogue::kGelu)
+VITQ_DECLARE(Epilogue::kReal)
+VITQ_DECLARE(Epilogue::kPartial)
+#undef VITQ_DECLARE
+
+template <Epilogue kKind>
+void launch_sums(const GemmArguments& with, int tile, bool native4, int parts, cudaStream_t stream) {
+  if (gemm_tile(tile).wgmma) {
+    require(!native4, "linear: wgmma has no 4-bit products");
+    launch_wgmma<kKind>(with, tile, parts, stream);
+  } else {
+    launch_gemm<kKind>(with, tile, native4, parts, stream);
+  }
+}
 
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
             EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,
@@ -74,14 +86,14 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
   const Epilogue how = static_cast<Epilogue>(kind);
   if (parts > 1) {
     with.out = partial;
-    launch_gemm<Epilogue::kPartial>(with, tile, native4, parts, stream);
+    launch_sums<Epilogue::kPartial>(with, tile, native4, parts, stream);
     with.out = out;
   }
   switch (how) {
 #define VITQ_KIND(name)                                                            \
   case Epilogue::name:                                                             \
     return parts > 1 ? launch_finish<Epilogue::name>(with, partial, parts, stream) \
-                     : launch_gemm<Epilogue::name>(with, tile, native4, parts, stream);
+                     : launch_sums<Epilogue::name>(with, tile, native4, parts, stream);
     VITQ_KIND(kCodes)
     VITQ_KIND(kGelu)
     VITQ_KIND(kReal)
@@ -91,31 +103,45 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
   }
 }
 
-#define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks) \
-  case index: {                                                                 \
-    using T = Tile<row_warps, token_warps, fragments, stages, blocks>;          \
-    return visit(T());                                                          \
-  }
+namespace {
 
-template <class Visit>
-auto visit_tile(int index, const Visit& visit) {
+#define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks) \
+  case index:                                                                   \
+    return on_mma(Tile<row_warps, token_warps, fragments, stages, blocks>());
+#define VITQ_WGMMA_ROW(index, workers, tokens, stages) \
+  case index:                                          \
+    return on_wgmma(WgmmaTile<workers, tokens, stages>());
+
+// Calls the function of its kind with a tile.
+template <class OnMma, class OnWgmma>
+auto visit_tile(int index, const OnMma& on_mma, const OnWgmma& on_wgmma) {
   switch (index) {
     VITQ_GEMM_TILES(VITQ_TILE_ROW)
+    VITQ_WGMMA_TILES(VITQ_WGMMA_ROW)
     default:
-      throw std::invalid_argument("vitq_kernels._cuda: no tile " + std::to_string(index));
+      throw std::invalid_argument("vitq_kernels._cuda: linear: no tile " + std::to_string(index));
   }
 }
 
+}  // namespace
+
 GemmTile gemm_tile(int index) {
-  return visit_tile(index, [](auto tile) {
-    using T = decltype(tile);
-    return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, T::kBlocks};
-  });
+  return visit_tile(
+      index,
+      [](auto tile) {
+        using T = decltype(tile);
+        return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, T::kBlocks, false};
+      },
+      [](auto tile) {
+        using T = decltype(tile);
+        return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, 1, true};
+      });
 }
 
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind) {
-  return visit_tile(index,
-                    [&](auto tile) { return shared_bytes<decltype(tile)>(widest, staged, staged_element(kind)); });
+  return visit_tile(
+      index, [&](auto tile) { return shared_bytes<decltype(tile)>(widest, staged, staged_element(kind)); },
+      [&](auto tile) { return wgmma_shared_bytes<decltype(tile)>(widest); });
 }
 
 }  // namespace vitq

@@ -1,0 +1,129 @@
+// The functions of ptx_sm90.cuh on a CPU, each computed from its definition in the PTX ISA.
+#pragma once
+
+#include <array>
+#include <stdexcept>
+
+#include "emulation/ptx.h"
+
+#define VITQ_TENSOR_MAP const vitq::TensorMap
+#define VITQ_WAIT(barrier, parity) vitq::emulation::mbarrier_wait(__LINE__, barrier, parity)
+#define VITQ_NAMED_BARRIER(number, threads) vitq::emulation::named_barrier(__LINE__, number, threads)
+
+namespace vitq {
+
+struct TensorMap {
+  const unsigned char* data;
+  int64_t stride;
+  int columns, rows, box_columns, box_rows;
+};
+
+inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) { emulation::mbarrier_init(barrier, arrivals); }
+inline void fence_mbarrier_init() {}
+inline void mbarrier_expect(uint64_t* barrier, unsigned bytes) { emulation::mbarrier_arrive(barrier, bytes); }
+inline void mbarrier_arrive(uint64_t* barrier) { emulation::mbarrier_arrive(barrier, 0); }
+
+namespace emulation {
+
+constexpr unsigned char kUnderWay = 0xCE;
+
+// Byte `at` of shared memory, from the block's first on, in the 128-byte swizzle.
+inline size_t swizzled(size_t at) { return at ^ (at >> 7 & 7) << 4; }
+
+}  // namespace emulation
+
+inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+  emulation::check_shared(shared, 16, "cp.async.bulk");
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    throw std::runtime_error("emulation: cp.async.bulk takes whole chunks of 16 bytes");
+  }
+  std::memset(shared, emulation::kUnderWay, bytes);
+  emulation::copy_behind_barrier(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
+}
+
+inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
+  unsigned char* base = emulation::shared_memory_of_block();
+  const auto first = static_cast<size_t>(static_cast<unsigned char*>(shared) - base);
+  const size_t bytes = static_cast<size_t>(map.box_columns) * static_cast<size_t>(map.box_rows);
+  if (first % 1024 != 0) throw std::runtime_error("emulation: a swizzled box lies at a multiple of 1024 bytes");
+  std::memset(shared, emulation::kUnderWay, bytes);
+  emulation::copy_behind_barrier(barrier, static_cast<unsigned>(bytes), [=] {
+    for (int r = 0; r < map.box_rows; ++r) {
+      for (int c = 0; c < map.box_columns; ++c) {
+        const bool inside = row + r < map.rows && column + c < map.columns;
+        const size_t at = first + static_cast<size_t>(r * map.box_columns + c);
+        base[emulation::faults().no_swizzle ? at : emulation::swizzled(at)] =
+            inside ? map.data[(row + r) * map.stride + column + c] : 0;
+      }
+    }
+  });
+}
+
+// The first byte, from the block's first on: layout and strides are always the same.
+using MatrixDescriptor = uint32_t;
+inline MatrixDescriptor matrix_descriptor(const void* shared) {
+  return static_cast<MatrixDescriptor>(static_cast<const unsigned char*>(shared) - emulation::shared_memory_of_block());
+}
+inline MatrixDescriptor columns_further(MatrixDescriptor descriptor, int columns) {
+  return descriptor + static_cast<MatrixDescriptor>(columns);
+}
+
+inline void wgmma_fence() { emulation::wgmma_fence(); }
+inline void wgmma_commit() { emulation::wgmma_commit(); }
+template <int kPending>
+void wgmma_wait() {
+  emulation::wgmma_wait(kPending);
+}
+
+template <int kCount, typename Word>
+void hold(Word (&)[kCount]) {}
+
+namespace emulation {
+
+struct WgmmaOperands {
+  int32_t* d;
+  const uint32_t* a;
+  MatrixDescriptor b;
+};
+
+template <int kTokens>
+void execute_wgmma(const std::array<WgmmaOperands, 128>& all, const unsigned char* shared) {
+  const auto bytes = [](uint32_t word, int at) { return static_cast<int8_t>(word >> (8 * at)); };
+  std::array<int8_t, 32> b;
+  for (int token = 0; token < kTokens; ++token) {
+    for (int k = 0; k < 32; ++k) {
+      const size_t at = all[0].b + static_cast<size_t>(token / 8 * 1024 + token % 8 * 128 + k);
+      b[k] = static_cast<int8_t>(shared[swizzled(at)]);
+    }
+    for (int row = 0; row < 64; ++row) {
+      const int warp = row / 16, within = row % 16;
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) {
+        const WgmmaOperands& lane = all[32 * warp + 4 * (within % 8) + k / 4 % 4];
+        sum += bytes(lane.a[within / 8 + 2 * (k / 16)], k % 4) * b[k];
+      }
+      const WgmmaOperands& lane = all[32 * warp + 4 * (within % 8) + token % 8 / 2];
+      int32_t& d = lane.d[4 * (token / 8) + 2 * (within / 8) + token % 2];
+      d = static_cast<int32_t>(static_cast<uint32_t>(d) + static_cast<uint32_t>(sum));
+    }
+  }
+}
+
+}  // namespace emulation
+
+template <int kTokens>
+void wgmma_s8(int32_t (&d)[kTokens / 2], const uint32_t (&a)[4], MatrixDescriptor b) {
+  emulation::check_wgmma_fence();
+  emulation::WgmmaOperands operands{d, a, b};
+  emulation::collective(
+      "wgmma", &operands,
+      [](void* const given[]) {
+        std::array<emulation::WgmmaOperands, 128> all;
+        for (int i = 0; i < 128; ++i) all[i] = *static_cast<emulation::WgmmaOperands*>(given[i]);
+        const unsigned char* shared = emulation::shared_memory_of_block();
+        emulation::issue_wgmma([=] { emulation::execute_wgmma<kTokens>(all, shared); });
+      },
+      128);
+}
+
+}  // namespace vitq

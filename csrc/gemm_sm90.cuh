@@ -1,0 +1,296 @@
+// Linear layers on packed weights for Hopper (sm_90a): wgmma with the weights in registers, TMA, persistent blocks.
+//
+// Computes    acc[t, n] = sum_k a[t, k] * w[n, k], then an epilogue of epilogue.cuh. Arguments, layouts and exactness are
+//             those of gemm_sm80.cuh; the weights' layout is the same.
+// Roles       The operands are swapped: a group of 64 weight rows is the M operand, unpacked from shared memory into
+//             registers, tokens are the N operand. A worker warpgroup computes one group times all tokens of the tile.
+//             One thread of the last warp loads; it runs ahead, into the next tile while the workers store.
+// Pipeline    kStages stages of 128 columns, each with a barrier "full" (the bytes are there) and "empty" (all warps have
+//             left). Tokens come as a box of a tensor map, swizzled, with zeros beyond the matrix; a group's step is one
+//             bulk copy.
+// Way out     Through shared memory (gemm_store.cuh): a thread has two rows of many tokens.
+// Source      PTX ISA 9.7.15 (wgmma), 9.7.13.15 (mbarrier), 9.7.9.25 (bulk copies); ../shared/docs/kernels.md 3.1 to 3.3.
+#pragma once
+
+#include <type_traits>
+
+#include "gemm_sm90_tiles.cuh"
+#include "gemm_store.cuh"
+#include "launch.cuh"
+#include "tensor_map.cuh"
+
+namespace vitq {
+
+// Which tile comes in which turn of a block; rows first, so that blocks beside each other share tokens in L2.
+struct TileOrder {
+  int row_tiles, token_tiles, parts;
+
+  template <class T>
+  static __host__ __device__ TileOrder of(const GemmArguments& with, int parts) {
+    return {(with.rows + T::kRows - 1) / T::kRows, (with.tokens + T::kTokens - 1) / T::kTokens, parts};
+  }
+  __host__ __device__ int count() const { return row_tiles * token_tiles * parts; }
+};
+
+struct TilePlace {
+  int row, token, part;  // where it begins; row and token in tiles
+  int slice, end_slice;  // of K, a stage each
+
+  __device__ TilePlace(const TileOrder& order, int tile, int steps) {
+    const int slices = (steps + kStepsOfStage - 1) / kStepsOfStage;
+    row = tile % order.row_tiles;
+    token = tile / order.row_tiles % order.token_tiles;
+    part = tile / order.row_tiles / order.token_tiles;
+    slice = slices * part / order.parts;
+    end_slice = slices * (part + 1) / order.parts;
+  }
+};
+
+// A place in the ring of stages. Addresses are computed from the block's first byte each time: they would take registers.
+template <class T>
+struct Ring {
+  int widest;
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ void advance() {
+    if (++stage == T::kStages) stage = 0, parity ^= 1;
+  }
+  __device__ uint64_t* full() const { return reinterpret_cast<uint64_t*>(shared_memory()) + stage; }
+  __device__ uint64_t* empty() const { return full() + T::kStages; }
+  __device__ unsigned char* tokens() const {
+    return shared_memory() + kBarrierBytes + stage * wgmma_stage_bytes<T>(widest);
+  }
+  __device__ unsigned char* chunks(int worker) const {
+    return tokens() + T::kTokenBytes + worker * kStepsOfStage * widest * kChunkBytes;
+  }
+};
+
+// The loading thread: every stage of every tile of this block.
+template <class T>
+__device__ __forceinline__ void load_tiles(const GemmArguments& with, const TensorMap& map, const TileOrder& order) {
+  const LinearWeight& weight = with.weight;
+  Ring<T> ring{weight.widest};
+  for (int tile = static_cast<int>(blockIdx.x); tile < order.count(); tile += static_cast<int>(gridDim.x)) {
+    const TilePlace place(order, tile, weight.steps);
+    const int group = place.row * T::kWorkers;
+    for (int slice = place.slice; slice < place.end_slice; ++slice) {
+      VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
+      // Of an odd last step's second half the tokens are zeros, the weights what lay there.
+      const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
+      unsigned bytes = T::kTokenBytes;
+#pragma unroll
+      for (int worker = 0; worker < T::kWorkers; ++worker) {
+        if (group + worker < weight.group_count)
+          bytes += static_cast<unsigned>(steps * weight.groups[2 * (group + worker)] * kChunkBytes);
+      }
+      mbarrier_expect(ring.full(), bytes);
+      copy_box(ring.tokens(), map, step * kStepColumns, place.token * T::kTokens, ring.full());
+#pragma unroll
+      for (int worker = 0; worker < T::kWorkers; ++worker) {
+        if (group + worker >= weight.group_count) continue;
+        const int bits = weight.groups[2 * (group + worker)], first = weight.groups[2 * (group + worker) + 1];
+        copy_bulk(ring.chunks(worker), weight.chunks + (first + int64_t{step} * bits) * kChunkBytes,
+                  static_cast<unsigned>(steps * bits * kChunkBytes), ring.full());
+      }
+      ring.advance();
+    }
+  }
+}
+
+// One step of a group, unpacked for the two products of 32 columns.
+template <int kBits>
+__device__ __forceinline__ void unpack_step(const unsigned char* chunks, int warp, uint32_t (&a)[2][4]) {
+  const WarpgroupStep<kBits> weights(chunks, warp);
+  a[0][0] = weights.template bytes<0>(), a[0][1] = weights.template bytes<4>();
+  a[0][2] = weights.template bytes<1>(), a[0][3] = weights.template bytes<5>();
+  a[1][0] = weights.template bytes<2>(), a[1][1] = weights.template bytes<6>();
+  a[1][2] = weights.template bytes<3>(), a[1][3] = weights.template bytes<7>();
+}
+
+// All slices of a worker whose group has kBits; 0: it has no group, and only leaves the stages. The second step of a
+// slice is unpacked while the first one's products run; across slices the other workers keep the tensor cores busy.
+template <int kBits, class T>
+__device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], Ring<T>& ring, int slices) {
+  const unsigned warp = static_cast<unsigned>(warp_index());
+  for (; slices > 0; --slices) {
+    VITQ_WAIT(ring.full(), ring.parity);
+    if constexpr (kBits > 0) {
+      const unsigned char* chunks = ring.chunks(warp / 4);
+      const MatrixDescriptor tokens = matrix_descriptor(ring.tokens());
+      uint32_t a[kStepsOfStage][2][4];
+#pragma unroll
+      for (int step = 0; step < kStepsOfStage; ++step) {
+        unpack_step<kBits>(chunks + step * kBits * kChunkBytes, warp % 4, a[step]);
+        wgmma_fence();
+        wgmma_s8<T::kTokens>(acc, a[step][0], columns_further(tokens, step * kStepColumns));
+        wgmma_s8<T::kTokens>(acc, a[step][1], columns_further(tokens, step * kStepColumns + 32));
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+      hold(acc);
+    }
+    sync_warp();
+    if (lane_index() == 0) mbarrier_arrive(ring.empty());
+    ring.advance();
+  }
+}
+
+// A row of this thread: what its outputs need, and where they are staged.
+struct WorkerRow {
+  RunVectors vectors;  // the same for all of a run
+  int offset;
+};
+
+template <Epilogue kKind, class T>
+__device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int first_row, int at) {
+  const int stored = first_row + at;
+  const bool reordered = with.weight.order != nullptr && stored < kGroupRows * with.weight.group_count;
+  const int row = reordered ? with.weight.order[stored] : stored;
+  WorkerRow found;
+  found.offset = staged_offset(T::kRows == kWindowRows ? row - first_row : at);
+  if constexpr (kKind != Epilogue::kPartial) {
+    float multiplier, zero, inv_scale;
+    int32_t bias;
+    load_vectors<kKind>(with.epilogue, row, with.rows, multiplier, bias, zero, inv_scale);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      found.vectors.multiplier[i] = multiplier, found.vectors.bias[i] = bias;
+      found.vectors.zero[i] = zero, found.vectors.inv_scale[i] = inv_scale;
+    }
+  }
+  return found;
+}
+
+// A tile's way out: each worker rescales its accumulators, stages them where the rows belong, and all store.
+template <Epilogue kKind, class T>
+__device__ __forceinline__ void store_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
+                                           const TileOrder& order, int tile, int bits) {
+  constexpr int kElement = staged_element(kKind);
+  using S = WgmmaStaging<T, kElement>;
+  const TilePlace place(order, tile, with.weight.steps);
+  unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens();  // behind the last stage
+  const int first_row = place.row * T::kRows, first_token = place.token * T::kTokens;
+  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index());
+  const int shift = 8 - bits;
+  // Row lane / 4 of the warp's fragment of 16 is the layout's fragment 2 (warp % 4), row + 8 the next one.
+  const int at = static_cast<int>(warp / 4 * kGroupRows + lane / 8 * 16 + warp % 4 * 4 + lane / 4 % 2);
+  const WorkerRow rows[2] = {worker_row<kKind, T>(with, first_row, at), worker_row<kKind, T>(with, first_row, at + 2)};
+  const bool whole = is_whole(with, first_row + T::kRows, first_token + T::kTokens);
+  void* to = output_of<kKind>(with, static_cast<unsigned>(place.part));
+  unsigned char* of_lane = staged + lane % 4 * 8;
+#pragma unroll
+  for (int pass = 0; pass < T::kTokens; pass += S::kTokens) {
+    VITQ_NAMED_BARRIER(1, T::kWorkerThreads);  // what was staged before has been read
+#pragma unroll
+    for (int token = pass; token < pass + S::kTokens; token += 32) {
+      const auto scale_of = [&](int i) {
+        const int its_token = first_token + token + i / 2 * 8 + static_cast<int>(lane % 4 * 2) + i % 2;
+        return its_token < with.tokens ? with.epilogue.token_scale[its_token] : 0.0f;
+      };
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int32_t sums[kRun];
+        uint32_t word[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) sums[i] = acc[4 * (token / 8 + i / 2) + 2 * h + i % 2] >> shift;
+        rescale<kKind>(with.epilogue, rows[h].vectors, scale_of, sums, word);
+        unsigned char* target = of_lane + rows[h].offset;
+        if constexpr (kElement == 1) {
+          *reinterpret_cast<uint2*>(target + (token - pass) / 32 * S::kPanel) = {
+              pack_bytes(word[0], word[1], word[2], word[3]), pack_bytes(word[4], word[5], word[6], word[7])};
+        } else {
+#pragma unroll
+          for (int i = 0; i < kRun; i += 2) {
+            *reinterpret_cast<uint2*>(target + ((token - pass) / 8 + i / 2) * S::kPanel) = {word[i], word[i + 1]};
+          }
+        }
+      }
+    }
+    VITQ_NAMED_BARRIER(1, T::kWorkerThreads);  // the staged tokens are complete
+    store_from_shared<kKind, S>(with, to, staged, first_row, first_token + pass, whole, warp, T::kWorkerThreads / 32);
+  }
+}
+
+template <Epilogue kKind, class T>
+__global__ void __maxnreg__(T::kRegisters)
+    wgmma_kernel(const GemmArguments with, VITQ_TENSOR_MAP map, const TileOrder order) {
+#if defined(VITQ_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  Ring<T> ring{with.weight.widest};
+  if (threadIdx.x == 0) {
+    for (; ring.stage < T::kStages; ++ring.stage) {
+      mbarrier_init(ring.full(), 1);
+      mbarrier_init(ring.empty(), T::kWorkerThreads / 32);
+    }
+    fence_mbarrier_init();
+  }
+  ring.stage = 0;
+  VITQ_BARRIER();  // the barriers are initialised
+  if (threadIdx.x >= T::kWorkerThreads) {
+    if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
+    return;
+  }
+  for (int tile = static_cast<int>(blockIdx.x); tile < order.count(); tile += static_cast<int>(gridDim.x)) {
+    const TilePlace place(order, tile, with.weight.steps);
+    const int group = place.row * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
+    const int bits = group < with.weight.group_count ? with.weight.groups[2 * group] : 0;
+    int32_t acc[T::kTokens / 2] = {};
+#define VITQ_WIDTH(width)                        \
+  case width:                                    \
+    multiply_group<width, T>(acc, ring, slices); \
+    break;
+    switch (bits) {
+      VITQ_WIDTH(2)
+      VITQ_WIDTH(3)
+      VITQ_WIDTH(4)
+      VITQ_WIDTH(5)
+      VITQ_WIDTH(6)
+      VITQ_WIDTH(7)
+      VITQ_WIDTH(8)
+      default:
+        multiply_group<0, T>(acc, ring, slices);
+    }
+#undef VITQ_WIDTH
+    store_tile<kKind, T>(with, acc, order, tile, bits);
+  }
+#else
+  __trap();  // no wgmma before and after Hopper; ops/cuda/tiles.py does not ask for it there
+#endif
+}
+
+// Launches the kernel of a tile: one block an SM, which takes tiles in turn.
+template <Epilogue kKind, class T>
+void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
+  const int bytes = wgmma_shared_bytes<T>(with.weight.widest);
+  const int slices = (with.weight.steps + kStepsOfStage - 1) / kStepsOfStage;
+  require(parts <= slices, "linear: parts must be in 1.." + std::to_string(slices) + ", got " + std::to_string(parts));
+  const TileOrder order = TileOrder::of<T>(with, parts);
+  const TensorMap map = token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens);
+  require(int64_t{order.row_tiles} * order.token_tiles * parts < int64_t{1} << 30, "linear: too many tiles");
+  const int blocks = order.count() < sm_count() ? order.count() : sm_count();
+  const auto kernel = &wgmma_kernel<kKind, T>;
+  allow_shared_memory(kernel, bytes, "linear");
+  VITQ_LAUNCH(kernel, static_cast<unsigned>(blocks), T::kThreads, bytes, stream, with, map, order);
+  check_launch("linear");
+}
+
+template <Epilogue kKind>
+void launch_wgmma(const GemmArguments& with, int tile, int parts, cudaStream_t stream);
+
+#define VITQ_WGMMA_CASE(index, workers, tokens, stages) \
+  case index:                                           \
+    return launch_wgmma_tile<kKind, WgmmaTile<workers, tokens, stages>>(with, parts, stream);
+
+// Defines launch_wgmma of one kind.
+#define VITQ_DEFINE_WGMMA(kind)                                                                  \
+  template <>                                                                                    \
+  void launch_wgmma<kind>(const GemmArguments& with, int tile, int parts, cudaStream_t stream) { \
+    constexpr Epilogue kKind = kind;                                                             \
+    switch (tile) {                                                                              \
+      VITQ_WGMMA_TILES(VITQ_WGMMA_CASE)                                                          \
+      default:                                                                                   \
+        require(false, "linear: no tile " + std::to_string(tile));                               \
+    }                                                                                            \
+  }
+
+}  // namespace vitq

@@ -1,0 +1,63 @@
+// The tiles of the linear kernels on wgmma (gemm_sm90.cuh) and what they keep in shared memory.
+#pragma once
+
+#include "gemm_tiles.cuh"
+#include "ptx_sm90.cuh"
+
+namespace vitq {
+
+// Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages.
+#define VITQ_WGMMA_TILES(X) \
+  X(6, 2, 256, 4)           \
+  X(7, 4, 128, 3)           \
+  X(8, 2, 64, 4)
+
+constexpr int kWarpgroup = 128;   // threads
+constexpr int kStepsOfStage = 2;  // of 64 columns: the 128 bytes that the swizzle spans
+constexpr int kTokenLine = kStepsOfStage * kStepColumns;
+
+template <int kWorkers_, int kTokens_, int kStages_>
+struct WgmmaTile {
+  static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_;
+  static constexpr int kRows = kGroupRows * kWorkers;
+  // One warp loads: beside it the workers have 224 or 120 registers a thread without setmaxnreg, which gives 240 or 112.
+  static constexpr int kThreads = kWarpgroup * kWorkers + 32;
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kWorkerThreads = kWarpgroup * kWorkers;
+  static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
+};
+
+// What a pass stages (Staging of gemm_tiles.cuh): all tokens (codes), or 64 (words). A worker
+// thread ends with two rows of tokens 8 i + 2 t and + 1 (t: lane % 4). Codes: of 32 tokens its eight lie in two adjacent
+// words.
+template <class T, int kElement>
+struct WgmmaStaging {
+  static constexpr int kRows = T::kRows, kOfPack = staged_tokens(kElement);
+  static constexpr int kTokens = kElement == 1 ? T::kTokens : 64;  // of a pass
+  static constexpr int kPacks = kTokens / kOfPack;
+  static constexpr int kPacksOfPanel = kPanelBytes / (kOfPack * kElement);
+  static constexpr int kPanel = kPanelBytes * kRows;
+  static constexpr int kBytes = kPacks / kPacksOfPanel * kPanel;
+  static constexpr int kJump = kElement == 1 ? 6 : 0;
+  static __host__ __device__ constexpr int token_of(int pack) {
+    return kElement == 1 ? pack / 8 * 32 + pack % 2 * 16 + pack % 8 / 2 * 2 : kOfPack * pack;
+  }
+};
+
+// Shared memory: the barriers, the stages (the tokens' box, then each worker's chunks), the staged outputs.
+constexpr int kBarrierBytes = 1024;  // swizzled boxes lie at multiples of it
+template <class T>
+__host__ __device__ constexpr int wgmma_stage_bytes(int widest) {
+  return T::kTokenBytes + T::kWorkers * kStepsOfStage * widest * kChunkBytes;
+}
+template <class T>
+__host__ __device__ constexpr int wgmma_staged_bytes() {
+  return WgmmaStaging<T, 1>::kBytes > WgmmaStaging<T, 4>::kBytes ? WgmmaStaging<T, 1>::kBytes
+                                                                 : WgmmaStaging<T, 4>::kBytes;
+}
+template <class T>
+__host__ __device__ constexpr int wgmma_shared_bytes(int widest) {
+  return kBarrierBytes + T::kStages * wgmma_stage_bytes<T>(widest) + wgmma_staged_bytes<T>();
+}
+
+}  // namespace vitq

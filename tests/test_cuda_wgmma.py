@@ -1,0 +1,69 @@
+"""Hopper's linear kernel in the emulation: what its roles and copies must not get wrong, and that it is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import BackendCase
+from tests.test_cuda_linear import MIXED, barrier_lines, check, fails_under_some_seed, linear_case
+from vitq_kernels.ops.cuda.extension import module
+from vitq_kernels.ops.cuda.tiles import TILES, Gpu, Plan, Problem, candidates, forced
+from vitq_kernels.spec import RowGroups
+
+WGMMA_TILES = [number for number, tile in enumerate(TILES) if tile.wgmma]
+SMALL = WGMMA_TILES[-1]
+
+
+@pytest.fixture
+def planted(emulated: BackendCase) -> Iterator[Any]:
+    yield module()
+    module().plant()
+    module().set_seed(1)
+
+
+def test_every_wait_is_needed(planted: Any) -> None:
+    """The block's barrier, full and empty stages, and the two around what is staged."""
+    # Two tiles a block, whose slices are more than the stages together but not alone: a worker may run into its next tile.
+    case = linear_case(RowGroups.uniform(200, 4), 150, 300)
+    with forced(Plan(SMALL)):
+        lines = barrier_lines(case)
+        assert len(lines) == 5
+        for line in lines:
+            planted.plant(skipped_barrier=line)
+            assert fails_under_some_seed(case), f"without the wait of line {line} the numbers are the same"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"no_fence": True}, {"no_swizzle": True}, {"wrong_parity": True}, {"extra_pending": 1}],
+    ids=lambda fault: next(iter(fault)),
+)
+def test_a_planted_fault_is_caught(planted: Any, fault: dict[str, Any]) -> None:
+    planted.plant(**fault)
+    with forced(Plan(SMALL)):
+        assert fails_under_some_seed(linear_case(RowGroups.uniform(64, 8), 40, 300))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tile", WGMMA_TILES)
+def test_any_schedule_gives_the_same(planted: Any, tile: int, seed: int) -> None:
+    planted.set_seed(seed)
+    with forced(Plan(tile, 2)):
+        check(linear_case(MIXED, 100, 400, kind="extreme"), "cpu")
+
+
+@pytest.mark.parametrize("m", [1, 7, 63, 64, 65, 257])
+@pytest.mark.parametrize("k", [16, 64, 65, 129, 384])
+def test_every_remainder(planted: Any, m: int, k: int) -> None:
+    """Of tokens and columns: the boxes' bounds."""
+    with forced(Plan(SMALL)):
+        check(linear_case(RowGroups.uniform(130, 5), m, k), "cpu")
+
+
+@pytest.mark.parametrize("cc", [80, 89, 90, 100, 120])
+def test_it_is_chosen_on_hopper_alone(cc: int) -> None:
+    plans = candidates(Problem(12608, 768, 3072, 8, False, False), Gpu(cc, 132))
+    assert any(TILES[plan.tile].wgmma for plan in plans) == (cc == 90)
