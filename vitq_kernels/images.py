@@ -137,6 +137,16 @@ def eval_transform(
     return transform
 
 
+def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """[C, H, W] of the images that a timm model takes, float or quantized; None where the model does not tell."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    embed: Any = getattr(model, "patch_embed", None)
+    channels, *size = config.get("input_size") or (None,)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+    size = getattr(embed, "img_size", None) or size
+    return (channels, *size) if channels and size else None
+
+
 def _images(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS)
 
