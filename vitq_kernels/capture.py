@@ -75,8 +75,10 @@ class CapturedModel(nn.Module):
         Raises:
             TypeError: arguments that are not in the model's signature.
             ValueError: an argument has another dtype, shape, device or value than captured, or the batch is empty.
-            RuntimeError: the model's weights are not where they were captured.
+            RuntimeError: the model's weights are not where they were captured, or torch is compiling.
         """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a captured model cannot be compiled or exported: do that to the model")
         arguments = self._bound(args, kwargs)
         with self._lock, torch.no_grad():
             if self.model.training:
