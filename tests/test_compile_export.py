@@ -62,7 +62,7 @@ class Counted:
         return graph.forward
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["class-token", "mixed widths", "W4A4", "half", "replace_linears"])
 def test_a_model_compiles_into_one_graph_for_all_batches(case: str) -> None:
     model, images = model_and_images(case)
     backend = Counted()

@@ -20,18 +20,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import torch
-from aiohttp import web
 from PIL import Image
 from small_vits import variant_quantized
 from torch import Tensor
 
 import vitq_kernels as vitq
-from examples import serve
 from tests.numerics import integers
 from vitq_kernels.images import eval_transform
+
+aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+from aiohttp import web  # noqa: E402
+
+from examples import serve  # noqa: E402
 
 SERVER = Path(__file__).parents[1] / "examples" / "serve.py"
 TIMEOUT_S = 60
