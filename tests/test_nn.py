@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.numerics import assert_bitwise_equal, assert_reals_close, codes, integers, reals, uniform
-from tests.small_vits import variant_images, variant_quantized, variant_vit
+from tests.small_vits import variant_quantized, variant_vit
 from vitq_kernels import ops
 from vitq_kernels.nn import (
     DynamicQuantLinear,
@@ -530,34 +530,3 @@ def test_a_linear_knows_its_weight_and_its_size(kind: str) -> None:
     assert module.weight_bytes == linear.groups.weight_bytes(33) + linear.groups.order_bytes
     assert (module.in_features, module.out_features) == (33, 300)
     assert f"33, 300, weight_bits={linear.groups.mean_bits:.4g}" in repr(module)
-
-
-# --- whole models in torch's compilers ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["class-token", "distilled"])
-def test_a_whole_model_compiles_into_one_graph(variant: str) -> None:
-    model, images = variant_quantized(variant), variant_images(variant, 3)
-    expected = model(images)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_bitwise_equal(compiled(images), expected)
-    torch._dynamo.reset()
-
-
-def test_a_dynamic_linear_compiles() -> None:
-    module, _, _ = dynamic_linear()
-    x = reals("normal", (3, 50), seed=1)
-    expected = module(x)
-    assert_bitwise_equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
-    torch._dynamo.reset()
-
-
-def test_a_whole_model_exports_with_any_batch_size() -> None:
-    model = variant_quantized("class-token")
-    images = variant_images(count=3)
-    program = torch.export.export(model, (images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
-    for count in (1, 2, 7):
-        assert_bitwise_equal(program.module()(variant_images(count=count)), model(variant_images(count=count)))
-    called = {str(node.target) for node in program.graph.nodes}
-    assert {"vitq.linear_codes.default", "vitq.attention.default", "vitq.layernorm.default"} <= called

@@ -9,6 +9,7 @@
 """
 
 from vitq_kernels.calibration import CalibrationStats, Calibrator, calibrate
+from vitq_kernels.capture import CapturedModel, capture
 from vitq_kernels.checkpoint import CheckpointError, load, save
 from vitq_kernels.compare import compare
 from vitq_kernels.config import QuantConfig
@@ -34,6 +35,7 @@ __all__ = [
     "Budget",
     "CalibrationStats",
     "Calibrator",
+    "CapturedModel",
     "CheckpointError",
     "Evaluation",
     "QuantConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "UnsupportedModelError",
     "allocate",
     "calibrate",
+    "capture",
     "compare",
     "evaluate",
     "load",

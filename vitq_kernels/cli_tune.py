@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +34,7 @@ def tune_tiles(
         require_gpu()
     # A residual stream of float16, as a deployed model has it.
     qmodel: Any = load(quantized, "cpu") if dry_run else load(quantized, "cuda").half()
-    patches = qmodel.patch_embed.proj
-    image = (patches.linear.in_features // math.prod(patches.patch_size), *qmodel.patch_embed.img_size)
+    image = (qmodel.patch_embed.proj.in_channels, *qmodel.patch_embed.img_size)
     device = next(qmodel.buffers()).device
 
     def run() -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -86,11 +86,25 @@ class _Batches(Sequence[tuple[Tensor, "Tensor | None"]]):
 
 def read_image(file: Path, transform: Transform) -> Tensor:
     """Decodes one image as RGB; raises ValueError naming the file if it does not decode."""
+    return decode_image(file, transform, str(file))
+
+
+def decode_image(
+    source: Path | IO[bytes], transform: Transform, name: str, formats: tuple[str, ...] | None = None
+) -> Tensor:
+    """Decodes one image as RGB; ``formats``, as PIL calls them, are the ones that are tried (None: all it knows).
+
+    Raises:
+        ValueError: the image does not decode; the message has its ``name``.
+    """
     try:
-        with Image.open(file) as image:
-            return transform(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {file} does not decode: {error}") from error
+        with Image.open(source, formats=formats) as image:
+            decoded = image.convert("RGB")
+    except UnidentifiedImageError as error:  # whose own text holds the source, of a stream its address
+        raise ValueError(f"image {name} does not decode: no known format") from error
+    except Exception as error:  # PIL's decoders raise errors of any kind, RuntimeError and struct.error among them
+        raise ValueError(f"image {name} does not decode: {error}") from error
+    return transform(decoded)
 
 
 def load_folder(
@@ -135,6 +149,16 @@ def eval_transform(
         config["crop_pct"] = crop
     transform: Transform = create_transform(**config, is_training=False)
     return transform
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """[C, H, W] of the images that a timm model takes, float or quantized; None where the model does not tell."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    embed: Any = getattr(model, "patch_embed", None)
+    channels, *size = config.get("input_size") or (None,)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+    size = getattr(embed, "img_size", None) or size
+    return (channels, *size) if channels and size else None
 
 
 def _images(folder: Path) -> list[Path]:

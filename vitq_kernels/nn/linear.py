@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -179,6 +180,7 @@ class QuantPatchEmbed(nn.Module):
         super().__init__()
         self.linear = linear  # float patches in, real out
         self.patch_size = patch_size
+        self.in_channels = linear.in_features // math.prod(patch_size)  # as the convolution has it
 
     def forward(self, image: Tensor) -> Tensor:
         """Float [B, C, H, W] to float [B, N, H // ph, W // pw]; rows and columns short of a patch are dropped."""

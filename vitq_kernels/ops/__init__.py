@@ -53,8 +53,8 @@ def prepare_weight(weight: PackedWeight, input_bits: int = MAX_BITS) -> tuple[st
     return module.WEIGHT_LAYOUT, module.prepare_weight(weight, input_bits)
 
 
-def _op(schema: str, drop: tuple[str, ...] = ()) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:
-    """Registers ``vitq::<name of the plan>``; ``drop`` names arguments that only the plan sees."""
+def _op(schema: str) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:
+    """Registers ``vitq::<name of the plan>``; ``layout`` is not handed to the backend, which must read it."""
 
     def register(plan: Callable[..., Plan]) -> Callable[..., Any]:
         name = plan.__name__
@@ -62,7 +62,8 @@ def _op(schema: str, drop: tuple[str, ...] = ()) -> Callable[[Callable[..., Plan
         torch.library.define(qualified, schema)
         OPS.append(name)
         arguments = [word.split("=")[0].split()[-1] for word in schema.split(") ->")[0].strip("(").split(",")]
-        kept = [i for i, argument in enumerate(arguments) if argument not in drop]
+        kept = [i for i, argument in enumerate(arguments) if argument != "layout"]
+        layout = [i for i, argument in enumerate(arguments) if argument == "layout"]  # one or none
 
         def fake(*args: Any) -> Any:
             outputs = tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in plan(*args))
@@ -70,7 +71,7 @@ def _op(schema: str, drop: tuple[str, ...] = ()) -> Callable[[Callable[..., Plan
 
         def real(*args: Any) -> Any:
             plan(*args)
-            outputs = implementation(name, args[0].device.type)(*(args[i] for i in kept))
+            outputs = implementation(name, args[0].device.type, *(args[i] for i in layout))(*(args[i] for i in kept))
             # As the fake says, whatever the strides of the inputs.
             return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(t.contiguous() for t in outputs)
 
@@ -152,7 +153,7 @@ def _check_linear(op: str, a: Tensor, weight: list[Tensor], layout: str, multipl
 _LINEAR = "(Tensor a, Tensor[] weight, str layout, Tensor multiplier, Tensor bias_q"
 
 
-@_op(f"{_LINEAR}, Tensor zero_point, int bits) -> Tensor", drop=("layout",))
+@_op(f"{_LINEAR}, Tensor zero_point, int bits) -> Tensor")
 def linear_codes(
     a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, zero_point: Tensor, bits: int
 ) -> Plan:
@@ -162,7 +163,7 @@ def linear_codes(
     return [(shape, torch.int8)]
 
 
-@_op(f"{_LINEAR}, Tensor inv_scale, Tensor zero_point, int bits, str approximate) -> Tensor", drop=("layout",))
+@_op(f"{_LINEAR}, Tensor inv_scale, Tensor zero_point, int bits, str approximate) -> Tensor")
 def linear_gelu_codes(
     a: Tensor,
     weight: list[Tensor],
@@ -184,7 +185,7 @@ def linear_gelu_codes(
     return [(shape, torch.int8)]
 
 
-@_op(f"{_LINEAR}, Tensor inv_scale, Tensor thresholds, Tensor levels, str approximate) -> Tensor", drop=("layout",))
+@_op(f"{_LINEAR}, Tensor inv_scale, Tensor thresholds, Tensor levels, str approximate) -> Tensor")
 def linear_gelu_levels(
     a: Tensor,
     weight: list[Tensor],
@@ -212,7 +213,7 @@ def _check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
         fail(op, "out_dtype", "float32, float16 or bfloat16", out_dtype)
 
 
-@_op(f"{_LINEAR}, ScalarType out_dtype) -> Tensor", drop=("layout",))
+@_op(f"{_LINEAR}, ScalarType out_dtype) -> Tensor")
 def linear_real(
     a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, out_dtype: torch.dtype
 ) -> Plan:
@@ -221,7 +222,7 @@ def linear_real(
     return [(_check_linear("linear_real", a, weight, layout, multiplier, bias_q=bias_q), out_dtype)]
 
 
-@_op(f"{_LINEAR}, Tensor residual) -> Tensor", drop=("layout",))
+@_op(f"{_LINEAR}, Tensor residual) -> Tensor")
 def linear_residual(
     a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, residual: Tensor
 ) -> Plan:
@@ -235,8 +236,7 @@ def linear_residual(
 
 @_op(
     "(Tensor a, Tensor token_scale, Tensor[] weight, str layout, Tensor multiplier, Tensor? bias, "
-    "ScalarType out_dtype) -> Tensor",
-    drop=("layout",),
+    "ScalarType out_dtype) -> Tensor"
 )
 def linear_per_token(
     a: Tensor,

@@ -120,9 +120,22 @@ def chosen_backend(op: str, device: str) -> Backend:
     return backend
 
 
-def implementation(op: str, device: str) -> Callable[..., Any]:
-    """The function that runs ``op`` on a device type."""
-    function: Callable[..., Any] = getattr(chosen_backend(op, device).load(), op)
+def implementation(op: str, device: str, layout: str | None = None) -> Callable[..., Any]:
+    """The function that runs ``op`` on a device type, on a weight in ``layout`` if it has one.
+
+    Raises:
+        BackendUnavailableError: as ``chosen_backend``, or the backend reads another layout: a compiled or exported
+            model holds its weights in that of the backend in force when it was made.
+    """
+    backend = chosen_backend(op, device)
+    module = backend.load()
+    if layout is not None and layout != module.WEIGHT_LAYOUT:
+        able = [b.name for b in BACKENDS.values() if not b.why_not(op, device) and layout == b.load().WEIGHT_LAYOUT]
+        raise BackendUnavailableError(
+            f"vitq::{op} on {device}: backend {backend.name} reads weights in layout {module.WEIGHT_LAYOUT}, "
+            f"got {layout}; can: {', '.join(able) or 'none'}"
+        )
+    function: Callable[..., Any] = getattr(module, op)
     return function
 
 
