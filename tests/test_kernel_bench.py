@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import CUBLAS_F16, SDPA
 from benchmarks.cuda_backend import CUDA
 from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend
@@ -25,9 +26,10 @@ from benchmarks.kernel_bench import (
     plan,
     tile_plan,
 )
-from benchmarks.kernel_cases import SDPA, AttentionCase, LinearCase, RowCase
+from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
 from benchmarks.microbench import Peaks, Timer, Timing
+from benchmarks.row_cases import RowCase
 from benchmarks.triton_backend import TRITON
 from tests.conftest import BackendCase
 from vitq_kernels.ops import cpu
@@ -62,6 +64,12 @@ class FakeTimer:
         us = float(len(self.called))
         return Timing(us, 0.9 * us, 1.1 * us)
 
+    def prepare(self, calls: Sequence[Callable[[], object]]) -> Sequence[Callable[[], object]]:
+        return calls
+
+    def together(self, prepared: Sequence[Sequence[Callable[[], object]]]) -> list[list[float]]:
+        return [[self(calls).us] for calls in prepared]
+
 
 def stage_run(tmp_path: Path, limit_s: float = 600) -> StageRun:
     return StageRun(None, limit_s, tmp_path / "result.json")
@@ -88,7 +96,7 @@ def test_rows_are_complete(measured: dict[str, Any]) -> None:
     layers, widths = ("qkv", "proj", "fc1", "fc2"), ("8", "4", "3", "3/4/6", "6")
     uniform = [(name, bits, "uniform", cache) for name in layers for bits in widths for cache in ("cold", "hot")]
     assert kinds == uniform + [(name, bits, "gaussian", "cold") for name in layers for bits in widths]
-    assert {r["baseline"] for r in rows if r["case"] == "fc1"} == {CUBLAS, INT_MM, UNFUSED}
+    assert {r["baseline"] for r in rows if r["case"] == "fc1"} == {CUBLAS, CUBLAS_F16, INT_MM, UNFUSED}
     assert {r["baseline"] for r in rows if r["op"] == "attention"} == set(SDPA)
 
 
@@ -105,7 +113,7 @@ def test_ratios_are_of_the_two_times(measured: dict[str, Any]) -> None:
 def test_baselines_are_timed_once_a_layer(measured: dict[str, Any]) -> None:
     layer = [row for row in measured["rows"] if (row["case"], row["data"], row["cache"]) == ("qkv", "uniform", "hot")]
     assert len({row["us"] for row in layer}) == 5
-    assert len({row["baseline_us"] for row in layer}) == 3
+    assert len({row["baseline_us"] for row in layer}) == 4
 
 
 def test_a_baseline_that_raises_is_named(measured: dict[str, Any]) -> None:
@@ -141,7 +149,7 @@ def test_the_cuda_backend_is_measured_as_triton_is(emulated: BackendCase, tmp_pa
     bench(run, FakeTimer(), CUDA).measure([LAYER, w4a4, AttentionCase(2, 9, 2, 8), *CASES[-2:]], [LAYER])
     rows, tiles = run.data["rows"], run.data["tiles"]
     assert all(row.keys() >= COLUMNS for row in rows)
-    assert {row["baseline"] for row in rows if row["case"] == "qkv"} == {CUBLAS, INT_MM, UNFUSED}
+    assert {row["baseline"] for row in rows if row["case"] == "qkv"} == {CUBLAS, CUBLAS_F16, INT_MM, UNFUSED}
     assert {row["tile"] for row in rows if row["case"] == "qkv"} == {tiles[0]["tile"]}
     assert [row["rank"] for row in tiles] == [1, 2, 3, 4, 5]
     assert "tokens, " in tiles[0]["tile"]
