@@ -12,7 +12,7 @@ import pytest
 from benchmarks.bench_plan import Planned, attention_plan
 
 
-@pytest.mark.parametrize("planned", attention_plan(), ids=str)
+@pytest.mark.parametrize("planned", list(attention_plan()), ids=str)
 def test_attention(measured: Callable[[Planned, str], None], planned: Planned, backend: str) -> None:
     """Right, then as fast as it is."""
     measured(planned, backend)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.bench_plan import Planned, row_plan
 
 
-@pytest.mark.parametrize("planned", row_plan(), ids=str)
+@pytest.mark.parametrize("planned", list(row_plan()), ids=str)
 def test_layernorm(measured: Callable[[Planned, str], None], planned: Planned, backend: str) -> None:
     """Right, then as fast as it is."""
     measured(planned, backend)

@@ -3,10 +3,10 @@
 A row's *key* says what was measured on what; its *numbers* what came out; its *origin* by which code. A file has a row
 a key: ``record`` adds rows, and replaces one only where that is asked for.
 
-- ``metric`` is ``time`` (us, of a call) or ``rate`` (TOPS or GB/s, of the same calls); p20 and p80 are percentiles over
-  rounds, the worse ones of a rate first as of a time.
-- ``baseline`` names what a time is compared with in the same rounds, ``baseline_p50`` its time, ``speedup_x`` the ratio
-  of the two medians. A row without a baseline has neither.
+- ``metric`` is ``time`` (us, of a call), ``rate`` (TOPS, GB/s, images/s, of the same calls) or ``memory`` (peak
+  bytes); p20, p80 and p95 are percentiles over rounds: of a rate, those of the times that it is made of.
+- ``baseline`` names what a row is compared with in the same rounds, ``baseline_p50`` its number, ``speedup_x`` the
+  ratio of the two. A row without a baseline has neither.
 - ``pct_roofline``: part of the time that the GPU's datasheet rates allow; empty where they are not known.
 """
 
@@ -16,6 +16,7 @@ import csv
 import datetime
 import importlib.metadata
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,22 @@ import torch
 from benchmarks.device_stages import commit
 from benchmarks.kernel_cases import AnyCase
 from benchmarks.measured_case import Measured, Setting
-from benchmarks.microbench import Work, timing
+from benchmarks.microbench import Work
 from vitq_kernels.files import replaced_file
 from vitq_kernels.ops import SEMANTICS_VERSION
 from vitq_kernels.ops.backends import BACKENDS
+from vitq_kernels.stopwatch import percentile
 
 Row = dict[str, str]
 KEY = (
     *("op", "backend", "metric", "unit", "model", "case", "batch", "M", "N", "K", "B", "H", "S", "D"),
     *("bits_w", "bits_a", "data", "cache", "baseline", "gpu"),
 )
-NUMBERS = ("p50", "p20", "p80", "baseline_p50", "speedup_x", "pct_roofline")
+NUMBERS = ("p50", "p20", "p80", "p95", "baseline_p50", "speedup_x", "pct_roofline")
 ORIGIN = ("driver", "torch", "triton", "cuda", "git_sha", "semantics_version", "timestamp")
 COLUMNS = (*KEY, *NUMBERS, *ORIGIN)
-UNITS = {"time": ("us",), "rate": ("TOPS", "GB/s")}
+PARTS = {"p50": 0.5, "p20": 0.2, "p80": 0.8, "p95": 0.95}
+UNITS = {"time": ("us",), "rate": ("TOPS", "GB/s", "images/s"), "memory": ("bytes",)}
 CACHES = ("cold", "hot")
 RATIO_TOLERANCE = 2e-3  # numbers have four digits
 
@@ -80,18 +83,31 @@ def rows_of(model: str, found: Measured, setting: Setting, by: Mapping[str, str]
     rows = []
     for cache, samples in found.samples.items():
         ours, *others = samples.items()
-        time = timing(ours[1])
-        pct = None if setting.peaks is None else case.work.pct_of_roofline(time.us, setting.peaks, cache == "cold")
+        spread = spread_of(ours[1])
+        pct = setting.peaks and case.work.pct_of_roofline(spread["p50"], setting.peaks, cache == "cold")
         head = {**what, "cache": cache, "pct_roofline": pct}
-        spread = {"p50": time.us, "p20": time.us_p20, "p80": time.us_p80}
         for name, times in others or [("", [])]:
-            us = timing(times).us if times else None
-            ratio = {"baseline": name, "baseline_p50": us, "speedup_x": us and us / time.us}
-            rows.append({**head, **spread, "metric": "time", "unit": "us", **ratio})
+            rows.append({**head, **spread, "metric": "time", "unit": "us", **beside(name, times, spread["p50"])})
         for unit, amount in _amounts(case.work).items():
             rates = {name: amount / us for name, us in spread.items()}
             rows.append({**head, **rates, "metric": "rate", "unit": unit})
-    return [{column: _text({**row, **by}.get(column)) for column in COLUMNS} for row in rows]
+    return [as_text({**row, **by}) for row in rows]
+
+
+def spread_of(samples: Sequence[float]) -> dict[str, float]:
+    """Median and percentiles."""
+    return {**{name: percentile(samples, part) for name, part in PARTS.items()}, "p50": statistics.median(samples)}
+
+
+def beside(name: str, samples: Sequence[float], ours: float) -> dict[str, Any]:
+    """The columns of a baseline; of none without samples."""
+    other = statistics.median(samples) if samples else None
+    return {"baseline": name, "baseline_p50": other, "speedup_x": other and other / ours}
+
+
+def as_text(row: Mapping[str, Any]) -> Row:
+    """A row as it is written: every column, numbers with four digits."""
+    return {column: _text(row.get(column)) for column in COLUMNS}
 
 
 def _amounts(work: Work) -> dict[str, float]:
@@ -148,8 +164,8 @@ def _problem(row: Mapping[str, Any]) -> str | None:
         "semantics_version": row["semantics_version"].isdecimal(),
     }
     wanted |= {name: bool(row[name]) for name in ("op", "model", "gpu", "torch", "git_sha", "timestamp")}
-    wanted |= {name: _positive(row[name]) for name in ("p50", "p20", "p80")}
-    wanted |= {name: row[name] == "" or _positive(row[name]) for name in NUMBERS[3:]}
+    wanted |= {name: _positive(row[name]) for name in PARTS}
+    wanted |= {name: row[name] == "" or _positive(row[name]) for name in NUMBERS[4:]}
     for name, right in wanted.items():
         if not right:
             return f"{name} is {row[name]!r}"
@@ -157,9 +173,10 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _inconsistent(row: Mapping[str, str]) -> str | None:
-    low, middle, high = (float(row[name]) for name in ("p20", "p50", "p80"))
-    if not (low <= middle <= high if row["metric"] == "time" else low >= middle >= high):
-        return f"p20, p50 and p80 are not in order: {low}, {middle}, {high}"
+    spread = [float(row[name]) for name in ("p20", "p50", "p80", "p95")]
+    if spread != sorted(spread, reverse=row["metric"] == "rate"):
+        return f"p20, p50, p80 and p95 are not in order: {spread}"
+    middle = spread[1]
     known = [bool(row[name]) for name in ("baseline", "baseline_p50", "speedup_x")]
     if any(known) != all(known):
         return "baseline, baseline_p50 and speedup_x go together"

@@ -71,8 +71,8 @@ def test_a_case_becomes_rows() -> None:
         ("rate", "GB/s", "hot", ""),
     ]
     cold, tops, gbps = found[:3]
-    numbers = [cold[name] for name in ("p50", "p20", "p80", "baseline_p50", "speedup_x")]
-    assert numbers == ["10", "10", "10", "20", "2"]
+    numbers = [cold[name] for name in ("p50", "p20", "p80", "p95", "baseline_p50", "speedup_x")]
+    assert numbers == ["10", "10", "10", "11", "20", "2"]
     assert float(tops["p50"]) == pytest.approx(2 * 1576 * 2304 * 768 / 10e-6 / 1e12, rel=1e-3)
     moved = 1576 * 768 + 2304 * 768 * (6 + 3 + 4) / 3 / 8 + 1576 * 2304
     assert float(gbps["p50"]) == pytest.approx(moved / 10e-6 / 1e9, rel=1e-2)
@@ -105,10 +105,11 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
         ({"p50": "0"}, r"line 2: p50 is '0'"),
         ({"p20": ""}, r"line 2: p20 is ''"),
         ({"speedup_x": "-2"}, r"line 2: speedup_x is '-2'"),
-        ({"p20": "11"}, r"p20, p50 and p80 are not in order: 11.0, 10.0, 10.0"),
+        ({"p20": "11"}, r"p20, p50, p80 and p95 are not in order: \[11.0, 10.0, 10.0, 11.0\]"),
         ({"speedup_x": "3"}, r"speedup_x is 3, the times say 2"),
         ({"baseline": ""}, r"baseline, baseline_p50 and speedup_x go together"),
         ({"metric": "energy"}, r"metric is 'energy'"),
+        ({"p95": "9"}, r"not in order: \[10.0, 10.0, 10.0, 9.0\]"),
         ({"unit": "TOPS"}, r"unit is 'TOPS'"),
         ({"backend": "cublas"}, r"backend is 'cublas'"),
         ({"cache": "warm"}, r"cache is 'warm'"),
@@ -151,7 +152,7 @@ def test_rows_are_added_and_never_silently_replaced(tmp_path: Path) -> None:
     record(path, [first], overwrite=False)
     record(path, others, overwrite=False)
     assert read_rows(path) == rows()
-    faster = {**first, "p50": "5", "p20": "5", "p80": "5", "speedup_x": "4"}
+    faster = {**first, "p50": "5", "p20": "5", "p80": "5", "p95": "5", "speedup_x": "4"}
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"has 1 of these rows already, give --overwrite .*: linear_codes triton time"):
         record(path, [faster], overwrite=False)
