@@ -13,7 +13,7 @@ from vitq_kernels.spec import MAX_BITS, MIN_BITS
 WIDTHS = (*((bits,) for bits in range(MAX_BITS, MIN_BITS - 1, -1)), MIXED)  # of weights
 SOFTMAX_BITS = (4, 3, 8)
 DATA = ("uniform", "gaussian")  # of codes
-BACKENDS_ON = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # none interpreted or emulated
+BACKENDS_ON = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda")}  # none interpreted or emulated
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from benchmarks.markdown import markdown_table
 Row = dict[str, str]
 LOOP_TILE, LOOP_ARCHS = "128x128", ("sm_80", "sm_90a")
 NO_GPU = """\
-**No GPU has run these kernels yet, so this page has no time of one.** Their numbers are proven on a CPU, in an emulation
-of the CUDA execution model and in Triton's interpreter. What a GPU would be given is known from the compilers; it says
-what can be fast, not that it is:
+**No GPU has run these kernels yet, so this page has no time of one.** Their numbers are proven on a CPU, in an
+emulation of the CUDA execution model and in Triton's interpreter. What a GPU would be given is known from the compilers;
+it says what can be fast, not that it is:
 """
 LOOPS = f"""\
 The inner loop of the CUDA GEMM with int8 activations, tile {LOOP_TILE}, counted in its machine code: unpacking costs no
-time while the busiest other pipe needs less than the tensor cores. Hopper's are assumed to give `mma.sync` half of their
-peak. All loops: `docs/cuda_cost_model.md`.
+time while the busiest other pipe needs less than the tensor cores. Hopper's are assumed to give `mma.sync` half of
+their peak. All loops: `docs/cuda_cost_model.md`.
 """
 
 

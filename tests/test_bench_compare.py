@@ -11,7 +11,7 @@ from benchmarks.compare import compare, main
 from benchmarks.kernel_cases import LinearCase
 from benchmarks.measured_case import Measured
 from benchmarks.result_rows import Row, rows_of, write_rows
-from tests.test_result_rows import ORIGIN, SETTING
+from tests.result_examples import ORIGIN, SETTING
 
 
 def rows(us: float = 10.0, baseline_us: float = 20.0, **origin: str) -> list[Row]:

@@ -20,8 +20,8 @@ from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import CUBLAS, CUDNN, INT_MM, UNFUSED
 from benchmarks.measured_case import Setting, WrongKernelError, measure
 from benchmarks.result_rows import Row, read_rows
+from tests.fake_timer import FakeTimer, off
 from tests.op_cases import CASES
-from tests.test_kernel_bench import FakeTimer, off
 from vitq_kernels.ops import cpu
 
 CHECKOUT = Path(__file__).parents[1]

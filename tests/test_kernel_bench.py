@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.baselines import CUBLAS_F16, SDPA
 from benchmarks.cuda_backend import CUDA
@@ -32,6 +31,7 @@ from benchmarks.microbench import Peaks, Timer, Timing
 from benchmarks.row_cases import RowCase
 from benchmarks.triton_backend import TRITON
 from tests.conftest import BackendCase
+from tests.fake_timer import FakeTimer, off
 from vitq_kernels.ops import cpu
 from vitq_kernels.ops import cuda as cuda_ops
 from vitq_kernels.ops.cuda.extension import module
@@ -49,26 +49,6 @@ CASES = [
 COLUMNS = {"op", "case", "batch", "bits_w", "data", "cache", "tile", "us", "us_p20", "us_p80", "pct_of_peak"}
 LAYER = LinearCase("qkv", "linear_codes", 1, 17, 24, 64, (4,))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="triton is compiled in this process")
-
-
-class FakeTimer:
-    """Runs what it is given once and says 1, 2, 3, ... microseconds."""
-
-    def __init__(self) -> None:
-        self.called: list[int] = []  # how many calls took turns
-
-    def __call__(self, calls: Sequence[Callable[[], object]]) -> Timing:
-        for call in calls[:2]:
-            call()
-        self.called.append(len(calls))
-        us = float(len(self.called))
-        return Timing(us, 0.9 * us, 1.1 * us)
-
-    def prepare(self, calls: Sequence[Callable[[], object]]) -> Sequence[Callable[[], object]]:
-        return calls
-
-    def together(self, prepared: Sequence[Sequence[Callable[[], object]]]) -> list[list[float]]:
-        return [[self(calls).us] for calls in prepared]
 
 
 def stage_run(tmp_path: Path, limit_s: float = 600) -> StageRun:
@@ -171,10 +151,6 @@ def test_narrow_inputs_are_measured_where_they_are_another_product() -> None:
     assert not TRITON.has_4bit_products(TRITON.gpu("cpu"))
     problems = [CUDA.problem(narrow(80)[0].layer, Gpu(cc, 100)).native4 for cc in (80, 86, 89, 90, 120)]
     assert problems == [True, True, True, False, False]
-
-
-def off(outputs: Tensor) -> Tensor:
-    return outputs.bitwise_xor(1) if outputs.dtype == torch.int8 else outputs * 1.01
 
 
 @pytest.mark.parametrize("case", {case.op: case for case in CASES}.values(), ids=lambda case: case.op)

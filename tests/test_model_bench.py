@@ -16,10 +16,10 @@ from benchmarks.bench_model import MODELS, is_recorded, parsed, rows_of, run
 from benchmarks.result_rows import Row, key_of, read_rows, record
 from tests.command_line import make_files
 from tests.command_line import run as vitq
+from tests.result_examples import MODELS_FOUND, ORIGIN
 from tests.small_vits import small_vit, variant_quantized
-from tests.test_result_rows import ORIGIN
 from vitq_kernels import model_bench, model_candidates
-from vitq_kernels.model_bench import FEWEST_ROUNDS, ModelBench, ModelTime, bench_models
+from vitq_kernels.model_bench import FEWEST_ROUNDS, bench_models
 from vitq_kernels.model_candidates import AGAINST, OURS, Candidate, CannotRunError, captured, with_random_weights
 from vitq_kernels.stopwatch import wall_times_us
 
@@ -203,21 +203,8 @@ class Broken(nn.Module):
         return torch.ones(2) + torch.ones(3)
 
 
-FOUND = ModelBench(
-    "NVIDIA H200",
-    "cuda",
-    (
-        ModelTime("ours", 8, (1e3, 2e3, 3e3, 2e3, 2e3), 40_000_000),
-        ModelTime("ours-captured", 8, (1e3,) * 5, 50_000_000),
-        ModelTime("float16", 8, (4e3, 4e3, 9e3, 4e3, 4e3), 80_000_000),
-        ModelTime("ours", 1, (1e3,), 30_000_000),
-    ),
-    {"float16-compiled": "no compiler"},
-)
-
-
 def test_numbers_follow_from_the_samples() -> None:
-    row = FOUND.to_dict()["rows"][2]
+    row = MODELS_FOUND.to_dict()["rows"][2]
     assert row == {
         "candidate": "float16",
         "batch": 8,
@@ -228,11 +215,11 @@ def test_numbers_follow_from_the_samples() -> None:
         "rounds": 5,
         "over_x": {"ours": 2.0, "ours-captured": 4.0},
     }
-    assert FOUND.to_dict()["rows"][3]["over_x"] == {"ours": 1.0, "ours-captured": None}  # of another batch
+    assert MODELS_FOUND.to_dict()["rows"][3]["over_x"] == {"ours": 1.0, "ours-captured": None}  # of another batch
 
 
 def test_the_table_has_a_line_a_candidate() -> None:
-    lines = FOUND.table().splitlines()
+    lines = MODELS_FOUND.table().splitlines()
     assert lines[0] == "NVIDIA H200, ours on cuda"
     assert lines[1].split()[-5:] == ["MB", "x", "ours", "x", "ours-captured"]
     assert lines[4].split() == ["8", "float16", "4.000", "9.000", "2000.0", "80.0", "2.00", "4.00"]
@@ -241,7 +228,7 @@ def test_the_table_has_a_line_a_candidate() -> None:
 
 
 def test_model_rows_are_results_rows(tmp_path: Any) -> None:
-    rows = rows_of("ViT-B", FOUND, (4, 8), FOUND.device, ORIGIN)
+    rows = rows_of("ViT-B", MODELS_FOUND, (4, 8), MODELS_FOUND.device, ORIGIN)
     record(tmp_path / "a.csv", rows, overwrite=False)  # which checks them
     times = [(r["case"], r["baseline"], r["p50"], r["p95"], r["speedup_x"]) for r in rows if r["metric"] == "time"]
     assert times == [

@@ -56,10 +56,11 @@ def test_custom_ops_and_their_temporaries_count() -> None:
 
 
 def test_events_are_summed_in_order_of_time() -> None:
-    def event(ts: float, size: int, name: str = "[memory]") -> dict[str, object]:
-        return {"name": name, "ts": ts, "args": {"Bytes": size}}
+    def event(ts: float, size: int, name: str = "[memory]", device: int = 0) -> dict[str, object]:
+        return {"name": name, "ts": ts, "args": {"Bytes": size, "Device Type": device}}
 
-    events = [event(3, -70), event(1, 50), event(2, 20), event(2.5, 999, "aten::add"), event(4, 10)]
+    others = [event(2.5, 999, "aten::add"), event(2.6, 999, device=1)]
+    events = [event(3, -70), event(1, 50), event(2, 20), *others, event(4, 10)]
     assert running_bytes(events) == [0, 50, 70, 0, 10]
     assert running_bytes([{"name": "aten::add"}]) == [0]
 

@@ -17,8 +17,7 @@ from benchmarks.readme_tables import README, RESULTS, tables, with_tables
 from benchmarks.result_rows import Row, file_of, read_rows, rows_of, write_rows
 from benchmarks.row_cases import RowCase
 from benchmarks.speed_tables import is_gpu, measured
-from tests.test_model_bench import FOUND
-from tests.test_result_rows import GPU, ORIGIN, SETTING
+from tests.result_examples import GPU, MODELS_FOUND, ORIGIN, SETTING
 
 NO_GPU = "No GPU has run these kernels yet"
 CPU = "AMD EPYC, 2 threads"
@@ -66,7 +65,7 @@ def kernel_rows() -> list[Row]:
 
 
 def of_models(device: str, driver: str) -> list[Row]:
-    return model_rows("ViT-B", FOUND, (8, 8), device, {**ORIGIN, "driver": driver})
+    return model_rows("ViT-B", MODELS_FOUND, (8, 8), device, {**ORIGIN, "driver": driver})
 
 
 def speed(results: Path, *devices: list[Row]) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernel_cases import LinearCase
-from benchmarks.measured_case import Measured, Setting
-from benchmarks.microbench import Peaks
+from benchmarks.measured_case import Measured
 from benchmarks.result_rows import (
     COLUMNS,
     Row,
@@ -23,20 +22,9 @@ from benchmarks.result_rows import (
     write_rows,
 )
 from benchmarks.row_cases import RowCase
-from tests.test_kernel_bench import FakeTimer
+from tests.result_examples import ORIGIN, SETTING
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-GPU = "NVIDIA H200"
-SETTING = Setting("cuda", GPU, FakeTimer(), Peaks(1979, 989, 4800), 1000, ("cold", "hot"), "580.1")
-ORIGIN = {
-    "driver": "580.1",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "cuda": "13.0",
-    "git_sha": "abc1234",
-    "semantics_version": "1",
-    "timestamp": "2026-11-26T12:00:00+00:00",
-}
 CASE = LinearCase("qkv", "linear_codes", 8, 1576, 2304, 768, (6, 3, 4), "gaussian")
 SAMPLES = {"cold": {"triton": [9.0, 10.0, 11.0, 10.0], "bf16 F.linear": [20.0, 25.0, 15.0, 20.0]}}
 SAMPLES["hot"] = {"triton": [8.0] * 4, "bf16 F.linear": [16.0] * 4}

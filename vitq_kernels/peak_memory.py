@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
 Event = Mapping[str, Any]
+CPU = 0  # as a trace writes the type of a device
 
 
 def peak_bytes_of(call: Callable[[], object], device: str) -> int:
@@ -72,8 +73,9 @@ def _traced(call: Callable[[], T]) -> tuple[T, list[Event]]:
 
 
 def running_bytes(events: Iterable[Event]) -> list[int]:
-    """What is held, from 0 on, after each of a trace's events that allocate or free, in order of time."""
-    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    """What is held, from 0 on, after each of a trace's events that allocate or free on the CPU, in order of time."""
+    memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == CPU]
+    memory.sort(key=lambda event: event["ts"])
     return list(accumulate((event["args"]["Bytes"] for event in memory), initial=0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -21,7 +22,9 @@ def turns(count: int, rounds: int) -> Iterator[list[int]]:
 
 def waiter(device: str) -> Callable[[], None]:
     """What waits until a device has done what was asked of it."""
-    return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    if torch.device(device).type == "cuda":
+        return partial(torch.cuda.synchronize, device)
+    return lambda: None
 
 
 def wall_times_us(
