@@ -11,8 +11,8 @@ Row = dict[str, str]
 LOOP_TILE, LOOP_ARCHS = "128x128", ("sm_80", "sm_90a")
 NO_GPU = """\
 **No GPU has run these kernels yet, so this page has no time of one.** Their numbers are proven on a CPU, in an
-emulation of the CUDA execution model and in Triton's interpreter. What a GPU would be given is known from the compilers;
-it says what can be fast, not that it is:
+emulation of the CUDA execution model and in Triton's interpreter. What a GPU would be given is known from compilers; it
+says what can be fast, not that it is:
 """
 LOOPS = f"""\
 The inner loop of the CUDA GEMM with int8 activations, tile {LOOP_TILE}, counted in its machine code: unpacking costs no
