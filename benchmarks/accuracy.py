@@ -1,8 +1,8 @@
 """Accuracy of a real ViT-Tiny at several widths and by several allocations, as rows of ``benchmarks/results/``.
 
     python -m benchmarks.accuracy --assets ../shared/assets
-    python -m benchmarks.accuracy --table        # README's table from the rows that are there
 
+README's table of them is written by ``python -m benchmarks.readme_tables``.
 ``benchmarks/vit_tiny.py`` says what the assets are.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import vitq_kernels as vitq
 from benchmarks.vit_tiny import RESULTS, SEED, VitTiny, write_rows
-from vitq_kernels.files import write_text
 from vitq_kernels.sensitivity_runs import sensitivity
 from vitq_kernels.strategies import BY_SENSITIVITY, WITHOUT_SCORES, rules_of
 
@@ -90,28 +89,14 @@ def table(results: Path = ROWS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, text: str) -> str:
-    """README's text with the table between its markers replaced."""
-    start, end = "<!-- table:accuracy -->\n", "<!-- /table:accuracy -->"
-    head, rest = readme.split(start)
-    return head + start + text + end + rest.split(end)[1]
-
-
 def main() -> None:
-    """Writes the rows to a CSV file, or README's table from them."""
+    """Writes the rows to a CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, help="folder with the trained weights and the images")
+    parser.add_argument("--assets", type=Path, required=True, help="folder with the trained weights and the images")
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--only", default="", help="only the cases whose label contains this")
     parser.add_argument("--cache", type=Path, help="file of measured sensitivities, to go on where a run stopped")
-    parser.add_argument("--table", action="store_true", help="no measurement: write README's table")
     arguments = parser.parse_args()
-    if arguments.table:
-        readme = Path("README.md")
-        write_text(readme, with_table(readme.read_text(encoding="utf-8"), table(arguments.out)))
-        return
-    if arguments.assets is None:
-        parser.error("--assets is needed to measure")
     write_rows(arguments.out, measure(VitTiny(arguments.assets), arguments.only, arguments.cache))
 
 

@@ -39,10 +39,10 @@ def environment(run: StageRun) -> None:
     run.keep(
         gpu=gpu[0] if gpu else "none",
         driver=gpu[1] if gpu else "none",
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=os.cpu_count(),
         system=platform.platform(),
-        commit=_commit(),
+        commit=commit(),
         code=code_hash(),
     )
     import torch
@@ -55,7 +55,8 @@ def environment(run: StageRun) -> None:
         raise CheckFailed(f"nvidia-smi sees {gpu[0]}, torch {torch.__version__} does not")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -63,7 +64,7 @@ def _cpu_name() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str:
+def commit() -> str:
     """HEAD and whether files differ from it; without git, what VITQ_COMMIT says."""
 
     def git(*arguments: str) -> str:

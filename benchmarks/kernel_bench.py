@@ -15,9 +15,10 @@ import torch
 from benchmarks.built_case import Built, call_arguments, why_wrong
 from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend, Problem, Tile
-from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase, RowCase
+from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase
 from benchmarks.kernel_targets import FOUR_BIT, four_bit, tile_choice
 from benchmarks.microbench import Peaks, Row, Timer, Timing, rotated, speedups
+from benchmarks.row_cases import RowCase
 from vitq_kernels.ops import use_backend
 
 TOKENS, CHANNELS, HEADS = 197, 768, 12  # ViT-B/16-224

@@ -1,4 +1,4 @@
-"""What is measured of our kernels: ViT-B's layers with their data, and what they compete with.
+"""What is measured of our kernels: the layers of a ViT with their data, and which ``baselines.py`` they compete with.
 
 A case is plain data, so that a process that compiles can have it. Its ``build`` makes the tensors by one seed.
 """
@@ -6,41 +6,35 @@ A case is plain data, so that a process that compiles can have it. Its ``build``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.baselines import (
+    CUBLAS_F16,
+    SDPA,
+    UNFUSED_PER_TOKEN,
+    Baselines,
+    int_mm,
+    sdpa,
+    torchao_linear,
+    unfused_linear,
+    unfused_per_token,
+)
 from benchmarks.built_case import Built
 from benchmarks.kernel_backend import Layer
-from benchmarks.kernel_targets import (
-    CUBLAS,
-    CUDNN,
-    EFFICIENT,
-    FLASH,
-    FOUR_BIT,
-    INT_MM,
-    TORCH_LAYERNORM,
-    TORCH_QUANTIZE,
-    UNFUSED,
-)
+from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
 from benchmarks.microbench import Work
+from benchmarks.row_cases import SEED, PatchCase, RowCase
 from vitq_kernels.packing import pack_weight, unpack_weight
 from vitq_kernels.spec import QuantFormat, RowGroups
 
-SEED = 20
 MIXED = (6, 3, 4)  # widths of a mixed layer's windows, in turn; the widest first
-SDPA = {
-    FLASH: SDPBackend.FLASH_ATTENTION,
-    CUDNN: SDPBackend.CUDNN_ATTENTION,
-    EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
-}
-# name -> function and arguments
-Baselines = dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]]
+GELU_LEVELS = 16  # as a 4-bit codebook has
+REAL_OPS = ("linear_real", "linear_per_token")  # their outputs are float16
 
 
 @dataclass(frozen=True)
@@ -81,9 +75,11 @@ class LinearCase:
 
     @property
     def work(self) -> Work:
-        """Operations of the product."""
-        ops = 2.0 * self.m * self.n * self.k
-        return Work(int4_ops=ops) if self.data == FOUR_BIT else Work(int8_ops=ops)
+        """Operations of the product; bytes of codes, packed weights, float16 residual and outputs, each once."""
+        ops, out_bytes = 2.0 * self.m * self.n * self.k, {"linear_residual": 4, **dict.fromkeys(REAL_OPS, 2)}
+        weight_bytes = sum(self.groups.row_bits()) * self.k / 8
+        moved = self.m * self.k + weight_bytes + self.m * self.n * out_bytes.get(self.op, 1)
+        return Work(int4_ops=ops, bytes=moved) if self.data == FOUR_BIT else Work(int8_ops=ops, bytes=moved)
 
     def build(self, device: str) -> Built:
         """Arguments by seed; outputs fill their range without much saturation."""
@@ -96,7 +92,7 @@ class LinearCase:
             weight[row_bits == bits] = _codes(kind, (self.n, self.k), bits, generator)[row_bits == bits]
         # Of a sum: one-sided activations also have a mean, which zero-mean weights keep small.
         spread = math.sqrt(self.k) * a.float().square().mean().sqrt() * weight.float().std(1).clamp_min(0.5)
-        unit = {"linear_codes": 40.0, "linear_gelu_codes": 1.0, "linear_residual": 1.0}[self.op]
+        unit = 40.0 if self.op == "linear_codes" else 1.0
         bias_q = torch.randint(-999, 1000, (self.n,), generator=generator, device=device, dtype=torch.int32)
         known: dict[str, Any] = {
             "a": a,
@@ -104,26 +100,47 @@ class LinearCase:
             "multiplier": unit / spread,
             "bias_q": bias_q,
         }
+        return Built(self.op, self.case, known | self.tail(known, generator), self.input_bits)
+
+    def tail(self, known: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """The arguments that only this op takes; an op without ``bias_q`` loses it here."""
+        device = generator.device
         zero_point = torch.full((self.n,), -3, dtype=torch.int32, device=device)
+        per_row = torch.full((self.n,), 70.0, device=device)
         if self.op == "linear_residual":
-            known["residual"] = torch.randn(self.m, self.n, generator=generator, device=device).half()
-        elif self.op == "linear_gelu_codes":
-            inv_scale = torch.full((self.n,), 70.0, device=device)
-            known |= {"inv_scale": inv_scale, "zero_point": zero_point - 100, "bits": 8, "approximate": "none"}
-        else:
-            known |= {"zero_point": zero_point, "bits": 8}
-        return Built(self.op, self.case, known, self.input_bits)
+            return {"residual": torch.randn(self.m, self.n, generator=generator, device=device).half()}
+        if self.op == "linear_gelu_codes":
+            return {"inv_scale": per_row, "zero_point": zero_point - 100, "bits": 8, "approximate": "none"}
+        if self.op == "linear_gelu_levels":
+            levels = torch.linspace(-20, 127, GELU_LEVELS, device=device).round().to(torch.int8)
+            thresholds = (levels[1:].float() + levels[:-1].float()) / 2
+            return {"inv_scale": per_row, "thresholds": thresholds, "levels": levels, "approximate": "none"}
+        if self.op == "linear_real":
+            return {"out_dtype": torch.float16}
+        if self.op == "linear_per_token":
+            a, weight, multiplier, bias_q = (known.pop(name) for name in ("a", "weight", "multiplier", "bias_q"))
+            token_scale = torch.rand(self.m, generator=generator, device=device) + 0.5
+            head = {"a": a, "token_scale": token_scale, "weight": weight, "multiplier": multiplier}
+            return head | {"bias": bias_q * multiplier, "out_dtype": torch.float16}
+        return {"zero_point": zero_point, "bits": 8}
 
     def baselines(self, built: Built) -> Baselines:
-        """cuBLAS in bf16 and the two ways to cuBLASLt's int8 product, on the same codes."""
-        a, weight = built.arguments["a"], unpack_weight(built.arguments["weight"])
-        x, w, bias = (t.to(torch.bfloat16) / 64 for t in (a, weight, built.arguments["bias_q"]))
-        multiplier, real = built.arguments["multiplier"], a.half() / 64
-        return {
-            CUBLAS: (F.linear, (x, w, bias)),
-            INT_MM: (_int_mm, (a, weight)),
-            UNFUSED: (_unfused_linear, (real, 64.0, weight, multiplier, multiplier * built.arguments["bias_q"])),
+        """cuBLAS in both halves, the two ways to cuBLASLt's int8 product, and torchao, on the same codes."""
+        given = built.arguments
+        a, weight, multiplier = given["a"], unpack_weight(given["weight"]), given["multiplier"]
+        bias = given["bias"] if self.op == "linear_per_token" else multiplier * given["bias_q"]
+        x, w = (t.to(torch.bfloat16) / 64 for t in (a, weight))
+        half_bias, real = bias.to(torch.bfloat16), a.half() / 64
+        found: Baselines = {
+            CUBLAS: (F.linear, (x, w, half_bias)),
+            CUBLAS_F16: (F.linear, (x.half(), w.half(), half_bias.half())),
+            INT_MM: (int_mm, (a, weight)),
         }
+        if self.op == "linear_per_token":
+            found[UNFUSED_PER_TOKEN] = (unfused_per_token, (real, weight, multiplier, bias))
+        else:
+            found[UNFUSED] = (unfused_linear, (real, 64.0, weight, multiplier, bias))
+        return found | torchao_linear(x, w, half_bias)
 
 
 @dataclass(frozen=True)
@@ -136,11 +153,12 @@ class AttentionCase:
     head_dim: int
     op: str = "attention"
     data: str = "uniform"
+    softmax_bits: int = 4
 
     @property
     def case(self) -> str:
         """Its name."""
-        return f"S={self.s}"
+        return f"S={self.s}" if self.softmax_bits == 4 else f"S={self.s}, softmax {self.softmax_bits} bits"
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -149,9 +167,9 @@ class AttentionCase:
 
     @property
     def work(self) -> Work:
-        """Operations of the two products; the second one runs on float16 units."""
-        ops = 2.0 * self.batch * self.heads * self.s**2 * self.head_dim
-        return Work(int8_ops=ops, f16_ops=ops)
+        """Operations of the two products; the second one runs on float16 units. Bytes: q, k, v and outputs, once."""
+        values = self.batch * self.heads * self.s * self.head_dim
+        return Work(int8_ops=2.0 * values * self.s, f16_ops=2.0 * values * self.s, bytes=4.0 * values)
 
     def build(self, device: str) -> Built:
         """Arguments by seed; codes of the softmax fill their range."""
@@ -159,12 +177,13 @@ class AttentionCase:
         qkv = _codes(self.data, (self.batch, self.s, 3, h, d), 8, generator)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         spread = 5 * math.sqrt(d) * 74.0**2  # of a row of scores; 74 is the deviation of uniform codes
-        levels = [round(255 * 2 ** (-c / 2)) for c in range(15)] + [0]
+        count, tau = 1 << self.softmax_bits, 2.0 ** (3 - self.softmax_bits)
+        levels = [round(255 * 2 ** (-tau * c)) for c in range(count - 1)] + [0]
         arguments = {
             "q": q,
             "k": k,
             "v": v,
-            "kappa": torch.full((h,), 16 / spread, device=device),
+            "kappa": torch.full((h,), count / spread, device=device),
             "levels": torch.tensor([levels] * h, dtype=torch.uint8, device=device),
             "multiplier": torch.full((h, d), 3.0, device=device),
             "zero_point": torch.full((h, d), -2, dtype=torch.int32, device=device),
@@ -178,54 +197,10 @@ class AttentionCase:
         """Each fused backend of scaled_dot_product_attention on float16 views of one tensor."""
         qkv = torch.stack([built.arguments[name].transpose(1, 2) for name in "qkv"], 2).half() / 64
         views = tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        return {name: (_sdpa, (backend, *views)) for name, backend in SDPA.items()}
+        return {name: (sdpa, (backend, *views)) for name, backend in SDPA.items()}
 
 
-@dataclass(frozen=True)
-class RowCase:
-    """LayerNorm or quantize of [M, K] float16."""
-
-    op: str
-    batch: int
-    m: int
-    k: int
-    data: str = "uniform"
-
-    @property
-    def case(self) -> str:
-        """Its name."""
-        return f"K={self.k}"
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Columns of a row of results."""
-        return {"M": self.m, "K": self.k, "bits_w": "", "data": self.data}
-
-    @property
-    def work(self) -> Work:
-        """Bytes: float16 in, int8 out."""
-        return Work(bytes=3.0 * self.m * self.k)
-
-    def build(self, device: str) -> Built:
-        """Arguments by seed."""
-        x = torch.randn(self.m, self.k, generator=torch.Generator(device).manual_seed(SEED), device=device).half()
-        scale = torch.full((self.k,), 40.0, device=device)
-        zero_point = torch.full((self.k,), 3, dtype=torch.int32, device=device)
-        tail: dict[str, Any] = {"inv_scale": scale, "zero_point": zero_point}
-        if self.op == "layernorm":
-            tail = {"gain": scale, "offset": torch.full((self.k,), 0.25, device=device), "eps": 1e-6}
-        return Built(self.op, self.case, {"x": x, **tail, "bits": 8})
-
-    def baselines(self, built: Built) -> Baselines:
-        """The same by torch's own ops."""
-        x = built.arguments["x"]
-        if self.op == "quantize":
-            return {TORCH_QUANTIZE: (_torch_quantize, (x, 40.0))}
-        ones, zeros = torch.ones_like(x[0]), torch.zeros_like(x[0])
-        return {TORCH_LAYERNORM: (_torch_layernorm, (x, ones, zeros, 40.0))}
-
-
-AnyCase = LinearCase | AttentionCase | RowCase
+AnyCase = LinearCase | AttentionCase | RowCase | PatchCase
 
 
 def _codes(kind: str, shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Tensor:
@@ -235,25 +210,3 @@ def _codes(kind: str, shape: tuple[int, ...], bits: int, generator: torch.Genera
         return bell.round_().clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
     low = 64 if kind == "one_sided" else fmt.qmin
     return torch.randint(low, fmt.qmax + 1, shape, generator=generator, device=device, dtype=torch.int8)
-
-
-def _torch_quantize(x: Tensor, inv_scale: float) -> Tensor:
-    return (x * inv_scale).round_().clamp_(-128, 127).to(torch.int8)
-
-
-def _torch_layernorm(x: Tensor, weight: Tensor, bias: Tensor, inv_scale: float) -> Tensor:
-    return _torch_quantize(F.layer_norm(x, weight.shape, weight, bias, 1e-6), inv_scale)
-
-
-def _int_mm(a: Tensor, weight: Tensor) -> Tensor:
-    return torch._int_mm(a, weight.t())
-
-
-def _unfused_linear(x: Tensor, inv_scale: float, weight: Tensor, multiplier: Tensor, bias: Tensor) -> Tensor:
-    acc = _int_mm(_torch_quantize(x, inv_scale), weight)
-    return torch.addcmul(bias, acc, multiplier, out=x.new_empty(acc.shape))
-
-
-def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v)

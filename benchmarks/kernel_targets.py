@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.microbench import Row, geometric_mean, select, target
 
-CUBLAS, INT_MM = "bf16 F.linear (cuBLAS)", "torch._int_mm alone"
+CUBLAS, INT_MM = "bf16 F.linear", "torch._int_mm alone"
 UNFUSED = "quantize + _int_mm + dequantize (eager torch)"
 TORCH_LAYERNORM, TORCH_QUANTIZE = "LayerNorm + quantize (eager torch)", "quantize (eager torch)"
 FLASH, CUDNN, EFFICIENT = "SDPA flash fp16", "SDPA cudnn fp16", "SDPA efficient fp16"

@@ -1,7 +1,8 @@
-"""Times of single GPU kernels, and what is said of a time: rate, part of peak, speedup, means, targets.
+"""Times of single kernels, and what is said of a time: rate, part of peak, speedup, means, targets.
 
-A ``Timer`` takes calls that do the same work on different buffers and gives the time of one. ``GraphTimer`` is the real
-one: events around single calls would measure Triton's launcher, so a CUDA graph of many calls is timed.
+A ``Timer`` takes calls that do the same work on different buffers and gives the time of one. ``GraphTimer`` is that of
+a GPU: events around single calls would measure Triton's launcher, so a CUDA graph of many calls is timed.
+``clock_timer.py`` has that of a CPU.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Call = Callable[[], object]
+from vitq_kernels.stopwatch import Call, percentile, turns
+
 Row = dict[str, Any]
 REPLAYS = 20
 SHORTEST_GRAPH_US = 400.0  # what launching a graph leaves of a gap, a few us, is below 1% then
@@ -38,14 +40,22 @@ class Timing:
     us_p80: float
 
 
-Timer = Callable[[Sequence[Call]], Timing]
+class Timer(Protocol):
+    """Times calls that do the same work on different buffers."""
+
+    def __call__(self, calls: Sequence[Call]) -> Timing:
+        """The time of one call."""
+
+    def prepare(self, calls: Sequence[Call]) -> Any:
+        """Warms up; what ``together`` takes. What cannot be timed raises here."""
+
+    def together(self, prepared: Sequence[Any]) -> list[list[float]]:
+        """Microseconds of a call of each candidate in each round; candidates take turns in a round."""
 
 
 def timing(samples: Sequence[float]) -> Timing:
     """Median and percentiles of microseconds."""
-    ordered = sorted(samples)
-    p20, p80 = (ordered[round(part * (len(ordered) - 1))] for part in (0.2, 0.8))
-    return Timing(statistics.median(ordered), p20, p80)
+    return Timing(statistics.median(samples), percentile(samples, 0.2), percentile(samples, 0.8))
 
 
 class GraphTimer:
@@ -56,16 +66,30 @@ class GraphTimer:
 
     def __call__(self, calls: Sequence[Call]) -> Timing:
         """The time of one call."""
+        graph, count = self.prepare(calls)
+        return timing([us / count for us in self.replay([graph] * self.replays)])
+
+    def together(self, prepared: Sequence[tuple[torch.cuda.CUDAGraph, int]]) -> list[list[float]]:
+        """As of ``Timer``. Before each replay that counts one does not: L2 holds what another candidate left there."""
+        order = [index for turn in turns(len(prepared), self.replays) for index in turn]
+        times = self.replay([prepared[index][0] for index in order for _ in range(2)])[1::2]
+        found: list[list[float]] = [[] for _ in prepared]
+        for index, us in zip(order, times, strict=True):
+            found[index].append(us / prepared[index][1])
+        return found
+
+    def prepare(self, calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+        """A graph that takes long enough, and its number of calls."""
         self.warm_up(calls)
         count = max(len(calls), FEWEST_CALLS)
         graph = self.capture(calls, count)
-        self.replay(graph, 2)
-        total_us = min(self.replay(graph, 3))
+        self.replay([graph] * 2)
+        total_us = min(self.replay([graph] * 3))
         if total_us < SHORTEST_GRAPH_US and count < MOST_CALLS:
             count = min(MOST_CALLS, math.ceil(count * SHORTEST_GRAPH_US / max(total_us, 1.0)))
             graph = self.capture(calls, count)
-            self.replay(graph, 2)
-        return timing([us / count for us in self.replay(graph, self.replays)])
+            self.replay([graph] * 2)
+        return graph, count
 
     @staticmethod
     def warm_up(calls: Sequence[Call]) -> None:
@@ -88,11 +112,11 @@ class GraphTimer:
         return graph
 
     @staticmethod
-    def replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    def replay(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
         """Microseconds of each replay; all are queued at once, so that the GPU does not wait for the host."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(graphs) + 1)]
         events[0].record()
-        for event in events[1:]:
+        for graph, event in zip(graphs, events[1:], strict=True):
             graph.replay()
             event.record()
         torch.cuda.synchronize()
@@ -171,12 +195,18 @@ class Work:
         rate = {"tops": ops / us / 1e6} if ops else {"gbps": self.bytes / us / 1e3}
         if peaks is None:
             return {**rate, "pct_of_peak": None}
-        if ops:
-            int8_ops = self.int8_ops + self.int4_ops / 2
-            floor_us = (int8_ops / peaks.int8_tops + self.f16_ops / peaks.f16_tops) / 1e6
-        else:
-            floor_us = self.bytes / peaks.gbps / 1e3
+        floor_us = self.ops_us(peaks) if ops else self.bytes / peaks.gbps / 1e3
         return {**rate, "pct_of_peak": 100 * floor_us / us}
+
+    def ops_us(self, peaks: Peaks) -> float:
+        """Microseconds that the products need at the peak rates."""
+        int8_ops = self.int8_ops + self.int4_ops / 2
+        return (int8_ops / peaks.int8_tops + self.f16_ops / peaks.f16_tops) / 1e6
+
+    def pct_of_roofline(self, us: float, peaks: Peaks, from_memory: bool) -> float | None:
+        """Part of the time that the slower of products and, if they come from memory, bytes need at the peak rates."""
+        floor_us = max(self.ops_us(peaks), self.bytes / peaks.gbps / 1e3 if from_memory else 0.0)
+        return 100 * floor_us / us if floor_us else None
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:

@@ -1,20 +1,10 @@
-"""README's accuracy table is what the committed rows say."""
+"""The accuracy table is what the committed rows say; README has it (test_readme_tables.py)."""
 
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
-import pytest
-
-from benchmarks.accuracy import CASES, ROWS, table, with_table
-
-README = Path(__file__).parents[1] / "README.md"
-
-
-def test_readme_shows_the_committed_rows():
-    text = README.read_text(encoding="utf-8")
-    assert with_table(text, table()) == text, "run python -m benchmarks.accuracy --table"
+from benchmarks.accuracy import CASES, ROWS, table
 
 
 def test_every_case_has_a_row_with_its_origin():
@@ -34,8 +24,3 @@ def test_table_follows_the_rows(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert "| 12.34 |" in table(changed)
-
-
-def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="unpack"):
-        with_table("no markers here", "table")

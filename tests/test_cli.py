@@ -90,13 +90,13 @@ def test_the_entry_point_is_main() -> None:
 
 def test_help_lists_the_verbs() -> None:
     commands = run("--help").out.split("Commands:")[1].splitlines()
-    verbs = ["demo", "score", "allocate", "quantize", "eval", "compare", "tune", "report", "doctor"]
+    verbs = ["demo", "score", "allocate", "quantize", "eval", "compare", "bench", "tune", "report", "doctor"]
     assert [line.split()[0] for line in commands if line.strip()] == verbs
     assert not [line for line in commands if line.endswith("...")]  # no sentence is cut off
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "score", "allocate", "quantize", "eval", "compare", "tune", "report", "doctor"]
+    "verb", ["demo", "score", "allocate", "quantize", "eval", "compare", "bench", "tune", "report", "doctor"]
 )
 def test_every_verb_has_help_and_json(verb: str) -> None:
     text = run(verb, "--help").out

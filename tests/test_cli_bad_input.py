@@ -31,6 +31,15 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
         "quantize vit_tiny_patch16_225 --weight-bits 4 " + FLOAT + " --calibration {work}/calibration",
         r"MODEL must be a timm model name, got 'vit_tiny_patch16_225'; similar: vit_tiny_patch16_224",
     ),
+    "bench-batch": (
+        "bench {work}/q.safetensors --batch 8,0",
+        r"--batch must be whole numbers of at least 1, separated by commas, got '8,0'",
+    ),
+    "bench-against": (
+        "bench {work}/q.safetensors --against int8",
+        r"--against: a candidate must be ours, .*, got 'int8'",
+    ),
+    "bench-no-checkpoint": ("bench {work}/float.safetensors", r"float.safetensors"),
     "model-no-vit": (
         "score resnet18 " + FLOAT + " --calibration {work}/calibration",
         r"--checkpoint \S+ does not fit resnet18: it lacks conv1.weight, \S+, \S+ and \d+ more; it has unknown",

@@ -31,6 +31,7 @@ ALLOWED = {
     "compensation": ("models", "observers"),
     "observers": ("spec", "config", "quantizers"),
     "files": (),
+    "stopwatch": (),
     "tensor_file": ("files",),
     "calibration": ("spec", "config", "files", "models", "observers", "quantizers"),
     "lrp_rules": ("spec",),

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from benchmarks.baselines import CUBLAS_F16, SDPA
 from benchmarks.cuda_backend import CUDA
 from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend
@@ -25,11 +25,13 @@ from benchmarks.kernel_bench import (
     plan,
     tile_plan,
 )
-from benchmarks.kernel_cases import SDPA, AttentionCase, LinearCase, RowCase
+from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
 from benchmarks.microbench import Peaks, Timer, Timing
+from benchmarks.row_cases import RowCase
 from benchmarks.triton_backend import TRITON
 from tests.conftest import BackendCase
+from tests.fake_timer import FakeTimer, off
 from vitq_kernels.ops import cpu
 from vitq_kernels.ops import cuda as cuda_ops
 from vitq_kernels.ops.cuda.extension import module
@@ -47,20 +49,6 @@ CASES = [
 COLUMNS = {"op", "case", "batch", "bits_w", "data", "cache", "tile", "us", "us_p20", "us_p80", "pct_of_peak"}
 LAYER = LinearCase("qkv", "linear_codes", 1, 17, 24, 64, (4,))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="triton is compiled in this process")
-
-
-class FakeTimer:
-    """Runs what it is given once and says 1, 2, 3, ... microseconds."""
-
-    def __init__(self) -> None:
-        self.called: list[int] = []  # how many calls took turns
-
-    def __call__(self, calls: Sequence[Callable[[], object]]) -> Timing:
-        for call in calls[:2]:
-            call()
-        self.called.append(len(calls))
-        us = float(len(self.called))
-        return Timing(us, 0.9 * us, 1.1 * us)
 
 
 def stage_run(tmp_path: Path, limit_s: float = 600) -> StageRun:
@@ -88,7 +76,7 @@ def test_rows_are_complete(measured: dict[str, Any]) -> None:
     layers, widths = ("qkv", "proj", "fc1", "fc2"), ("8", "4", "3", "3/4/6", "6")
     uniform = [(name, bits, "uniform", cache) for name in layers for bits in widths for cache in ("cold", "hot")]
     assert kinds == uniform + [(name, bits, "gaussian", "cold") for name in layers for bits in widths]
-    assert {r["baseline"] for r in rows if r["case"] == "fc1"} == {CUBLAS, INT_MM, UNFUSED}
+    assert {r["baseline"] for r in rows if r["case"] == "fc1"} == {CUBLAS, CUBLAS_F16, INT_MM, UNFUSED}
     assert {r["baseline"] for r in rows if r["op"] == "attention"} == set(SDPA)
 
 
@@ -105,7 +93,7 @@ def test_ratios_are_of_the_two_times(measured: dict[str, Any]) -> None:
 def test_baselines_are_timed_once_a_layer(measured: dict[str, Any]) -> None:
     layer = [row for row in measured["rows"] if (row["case"], row["data"], row["cache"]) == ("qkv", "uniform", "hot")]
     assert len({row["us"] for row in layer}) == 5
-    assert len({row["baseline_us"] for row in layer}) == 3
+    assert len({row["baseline_us"] for row in layer}) == 4
 
 
 def test_a_baseline_that_raises_is_named(measured: dict[str, Any]) -> None:
@@ -141,7 +129,7 @@ def test_the_cuda_backend_is_measured_as_triton_is(emulated: BackendCase, tmp_pa
     bench(run, FakeTimer(), CUDA).measure([LAYER, w4a4, AttentionCase(2, 9, 2, 8), *CASES[-2:]], [LAYER])
     rows, tiles = run.data["rows"], run.data["tiles"]
     assert all(row.keys() >= COLUMNS for row in rows)
-    assert {row["baseline"] for row in rows if row["case"] == "qkv"} == {CUBLAS, INT_MM, UNFUSED}
+    assert {row["baseline"] for row in rows if row["case"] == "qkv"} == {CUBLAS, CUBLAS_F16, INT_MM, UNFUSED}
     assert {row["tile"] for row in rows if row["case"] == "qkv"} == {tiles[0]["tile"]}
     assert [row["rank"] for row in tiles] == [1, 2, 3, 4, 5]
     assert "tokens, " in tiles[0]["tile"]
@@ -163,10 +151,6 @@ def test_narrow_inputs_are_measured_where_they_are_another_product() -> None:
     assert not TRITON.has_4bit_products(TRITON.gpu("cpu"))
     problems = [CUDA.problem(narrow(80)[0].layer, Gpu(cc, 100)).native4 for cc in (80, 86, 89, 90, 120)]
     assert problems == [True, True, True, False, False]
-
-
-def off(outputs: Tensor) -> Tensor:
-    return outputs.bitwise_xor(1) if outputs.dtype == torch.int8 else outputs * 1.01
 
 
 @pytest.mark.parametrize("case", {case.op: case for case in CASES}.values(), ids=lambda case: case.op)

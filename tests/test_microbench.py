@@ -71,9 +71,9 @@ class CountingTimer(GraphTimer):
         self.captured.append(count)
         return count
 
-    def replay(self, graph: int, count: int) -> list[float]:
-        self.replayed += count
-        return [self.us * graph] * count
+    def replay(self, graphs: Sequence[int]) -> list[float]:
+        self.replayed += len(graphs)
+        return [self.us * graph for graph in graphs]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,27 @@ def test_a_graph_is_long_enough(us: float, buffers: int, captured: list[int]) ->
     timer = CountingTimer(us)
     assert timer([lambda: None] * buffers).us == pytest.approx(us)
     assert timer.captured == captured
+
+
+def test_candidates_take_turns_and_each_replays_untimed_first() -> None:
+    replayed: list[float] = []
+
+    class Timer(CountingTimer):
+        def replay(self, graphs: Sequence[int]) -> list[float]:
+            replayed.extend(graphs)
+            return [float(graph + 1000 * (i % 2)) for i, graph in enumerate(graphs)]
+
+    timer = Timer(1.0)
+    assert timer.together([(10, 10), (20, 5)]) == [[101.0] * 4, [204.0] * 4]
+    assert replayed == [10, 10, 20, 20, 20, 20, 10, 10] * 2
+
+
+def test_a_roofline_is_the_slower_of_products_and_bytes() -> None:
+    work = Work(int8_ops=1979e6, bytes=9600e3)  # 1 us and 2 us
+    assert work.pct_of_roofline(4.0, PEAKS, from_memory=True) == 50.0
+    assert work.pct_of_roofline(4.0, PEAKS, from_memory=False) == 25.0
+    assert Work(int4_ops=1979e6).pct_of_roofline(1.0, PEAKS, from_memory=True) == 50.0
+    assert Work(bytes=9600e3).pct_of_roofline(4.0, PEAKS, from_memory=False) is None
 
 
 def test_ceilings() -> None:

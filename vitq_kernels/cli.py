@@ -12,6 +12,7 @@ import typer
 import vitq_kernels as vitq
 from vitq_kernels import cli_options as options
 from vitq_kernels.cli_allocate import allocate
+from vitq_kernels.cli_bench import bench
 from vitq_kernels.cli_compare import compare
 from vitq_kernels.cli_eval import evaluate
 from vitq_kernels.cli_inputs import parsed, scores_for
@@ -56,6 +57,7 @@ app.command()(allocate)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(bench)
 app.command(name="tune")(tune_tiles)
 
 

@@ -57,6 +57,14 @@ def usable_device(param: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Numbers of at least 1, separated by commas, as an option has them."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"--{name} must be whole numbers of at least 1, separated by commas, got {text!r}")
+    return [int(word) for word in words]
+
+
 def _name(param: typer.CallbackParam) -> str:
     return max(param.opts, key=len)
 

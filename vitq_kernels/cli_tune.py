@@ -29,7 +29,7 @@ def tune_tiles(
 
     The fastest for each layer of the model go into a file that later runs read. Without it a cost model chooses.
     """
-    sizes = _whole_numbers(batches)
+    sizes = options.whole_numbers("batch", batches)
     if not dry_run:
         require_gpu()
     # A residual stream of float16, as a deployed model has it.
@@ -52,10 +52,3 @@ def tune_tiles(
     rows = [{**asdict(t), "speedup_x": t.speedup_x} for t in found]
     finish("\n".join(lines), {"tiles": rows, "file": tiles_path()}, json_file)
     wrote("tiles", Path(tiles_path()))
-
-
-def _whole_numbers(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"--batch must be whole numbers of at least 1, separated by commas, got {text!r}")
-    return [int(word) for word in words]

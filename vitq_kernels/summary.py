@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +14,7 @@ from vitq_kernels.doctor import examine
 from vitq_kernels.evaluation import Evaluation
 from vitq_kernels.relevance import Relevance
 from vitq_kernels.report import Measurement, ReportData
+from vitq_kernels.stopwatch import waiter, wall_times_us
 
 # Of `vitq eval --json`, in the order of Measurement's fields.
 EVALUATION_KEYS = ("top1", "agreement", "kl", "weight_bytes", "mean_weight_bits", "images_per_s")
@@ -82,12 +83,7 @@ def machine_facts() -> dict[str, str]:
 @torch.inference_mode()
 def latency_ms(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
     """Median wall time of a forward in milliseconds, after three that do not count."""
-    times = []
-    for index in range(repeats + 3):
-        start = time.perf_counter()
+    for _ in range(3):
         model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        if index >= 3:
-            times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[len(times) // 2]
+    (samples,) = wall_times_us([lambda: model(images)], repeats, waiter(str(images.device)))
+    return statistics.median(samples) / 1e3

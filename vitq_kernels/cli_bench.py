@@ -1,0 +1,72 @@
+"""The verb ``vitq bench``."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import typer
+
+from vitq_kernels import cli_options as options
+from vitq_kernels.checkpoint import load
+from vitq_kernels.cli_output import Bar, finish
+from vitq_kernels.model_bench import BUDGET_S, ROUNDS, bench_models
+from vitq_kernels.model_candidates import AGAINST, Candidate, CannotRunError, with_random_weights
+from vitq_kernels.models import build_vit
+
+
+def bench(
+    quantized: options.Quantized,
+    batches: Annotated[str, typer.Option("--batch", help="images a forward, comma separated")] = "1,8,64",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="what to compare with, comma separated: float32, bfloat16, float16, ours, each also with -compiled, "
+            f"-max-autotune, -captured; default on a CPU: {', '.join(AGAINST['cpu'])}; on a GPU: all that deploys"
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(callback=options.whole(1), help="forwards of each at most")] = ROUNDS,
+    seconds: Annotated[
+        int, typer.Option(callback=options.whole(1), help="a batch size may take, beyond the fewest rounds")
+    ] = int(BUDGET_S),
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    json_file: options.Json = None,
+) -> None:
+    """Latency, images/s and memory beside the float model.
+
+    The float model has random weights of the same shape, in several precisions, eager and, on a GPU, compiled and
+    captured in a CUDA graph. All run on random images in the same process and take turns.
+    """
+    sizes = options.whole_numbers("batch", batches)
+    names = None if against is None else [name.strip() for name in against.split(",")]
+    for name in names or ():
+        _known(name)
+    qmodel: Any = load(quantized)
+    float_model = with_random_weights(build_vit(qmodel.quantization.model_config), seed)
+    patches = qmodel.patch_embed.proj
+    image = (patches.linear.in_features // math.prod(patches.patch_size), *qmodel.patch_embed.img_size)
+    with Bar("measuring", len(sizes)) as progress:
+        try:
+            found = bench_models(
+                qmodel,
+                float_model,
+                sizes,
+                image,
+                device=device,
+                against=names,
+                rounds=rounds,
+                budget_s=seconds,
+                seed=seed,
+                progress=progress,
+            )
+        except CannotRunError as error:
+            raise ValueError(f"the model does not run on {device}: {error}") from error
+    finish(found.table(), found.to_dict(), json_file)
+
+
+def _known(name: str) -> None:
+    try:
+        Candidate.parse(name)
+    except ValueError as error:
+        raise ValueError(f"--against: {error}") from None
