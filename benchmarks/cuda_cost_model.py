@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cuda_wgmma_model
 from benchmarks.cuda_epilogue import reorder_clocks, tile_of, ways_out
 from benchmarks.cuda_sass import ARCHITECTURES, Kernel, count, extension_path, kernels
 from vitq_kernels.ops.cuda.tiles import STEP_COLS, TILES, WINDOW_ROWS, Tile
@@ -108,7 +109,8 @@ def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
         match = re.match(r"gemm_kernel<codes, (s\d), (\d+)x(\d+)>", kernel.name)
         if match is None or (match.group(1) == "s4" and kernel.arch == "sm_90a"):
             continue
-        tile = next(t for t in TILES if (t.rows, t.tokens) == (int(match.group(2)), int(match.group(3))))
+        size = int(match.group(2)), int(match.group(3))
+        tile = next(t for t in TILES if not t.wgmma and (t.rows, t.tokens) == size)
         steps = [step_row(kernel.arch, match.group(1), tile, body) for body in main_loops(kernel)]
         plain = max(steps, key=lambda row: row["bits"])  # unpacks nothing
         for row in steps:
@@ -150,7 +152,7 @@ def tokens_of(tile: str) -> int:
     return int(tile.split("x")[1])
 
 
-def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]]) -> str:
+def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]], hopper: list[str]) -> str:
     """The page of docs/."""
     lines = [*HEAD]
     for row in table:
@@ -171,7 +173,7 @@ def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]]) -> str:
         cells = (way["tile"], way["outputs"], f"{way['direct']:g}", f"{way['reordered']:g}", *adds)
         full = (way[f"{name}_{DEPTHS[0]}"] for name in ("direct", "reordered"))
         lines.append(f"| {' | '.join((*cells, *full))} |")
-    return "\n".join([*lines, *TAIL, ""])
+    return "\n".join([*lines, *TAIL, "", *hopper])
 
 
 def main() -> None:
@@ -185,7 +187,8 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    REPORT.write_text(report(table, ways(table, listings["sm_80"])), encoding="utf-8")
+    text = report(table, ways(table, listings["sm_80"]), cuda_wgmma_model.report(listings["sm_90a"]))
+    REPORT.write_text(text, encoding="utf-8")
     print(f"{RESULTS}: {len(table)} rows; {REPORT}")
 
 

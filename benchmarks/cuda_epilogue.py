@@ -212,7 +212,9 @@ def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:
     match = re.match(r"gemm_kernel<(\w+), s8, (\d+)x(\d+)>", kernel.name)
     if match is None:
         return None
-    return match.group(1), next(t for t in TILES if (t.rows, t.tokens) == (int(match.group(2)), int(match.group(3))))
+    return match.group(1), next(
+        t for t in TILES if not t.wgmma and (t.rows, t.tokens) == (int(match.group(2)), int(match.group(3)))
+    )
 
 
 def _jumps(instruction: Instruction) -> bool:

@@ -33,10 +33,11 @@ ROW_THREADS = 256  # csrc/layernorm.cu, kBlockRow
 
 def launch_of(kernel: str) -> tuple[int, int]:
     """Threads and bytes of dynamic shared memory of a block; of a GEMM at 8 bits, in order."""
-    tile = re.match(r"gemm_kernel<\w+, (s\d), (\d+)x(\d+)>", kernel)
+    tile = re.match(r"(gemm|wgmma)_kernel<\w+, (?:(s\d), )?(\d+)x(\d+)>", kernel)
     if tile:
-        found: Tile = next(t for t in TILES if (t.rows, t.tokens) == (int(tile.group(2)), int(tile.group(3))))
-        return found.threads, found.shared_bytes(8 if tile.group(1) == "s8" else 4)
+        size, wgmma = (int(tile.group(3)), int(tile.group(4))), tile.group(1) == "wgmma"
+        found: Tile = next(t for t in TILES if (t.rows, t.tokens, t.wgmma) == (*size, wgmma))
+        return found.threads, found.shared_bytes(4 if tile.group(2) == "s4" else 8)
     attention = re.match(r"attention_kernel<(\d), (\d)>", kernel)
     if attention:
         return 128, 3 * 64 * 32 * int(attention.group(1)) + 256  # two stages of keys, one of values, the levels
@@ -65,8 +66,9 @@ def rows(binary: Path) -> list[dict[str, Any]]:
     found = []
     for arch in ARCHITECTURES:
         for kernel, (registers, stack, static, local) in sorted(resources(binary, arch).items()):
-            if arch == "sm_90a" and "s4" in kernel:
-                continue  # empty: Hopper has no 4-bit products, and nobody launches it there
+            # Empty, and launched by nobody: Hopper has no 4-bit products, others no wgmma.
+            if ("s4" if arch == "sm_90a" else "wgmma") in kernel:
+                continue
             threads, dynamic = launch_of(kernel)
             if arch == "sm_90a" and static:
                 static -= RESERVED_BYTES  # ptxas counts the system's KB there, where a kernel has dynamic shared memory

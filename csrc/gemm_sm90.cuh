@@ -162,26 +162,28 @@ __device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int f
   return found;
 }
 
-// A tile's way out: each worker rescales its accumulators, stages them where the rows belong, and all store.
+// A tile's way out: each worker rescales its accumulators and stages them where the rows belong; then it stores them, or
+// all workers together.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
                                            const TileOrder& order, int tile, int bits) {
   constexpr int kElement = staged_element(kKind);
   using S = WgmmaStaging<T, kElement>;
   const TilePlace place(order, tile, with.weight.steps);
-  unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens();  // behind the last stage
-  const int first_row = place.row * T::kRows, first_token = place.token * T::kTokens;
-  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index());
-  const int shift = 8 - bits;
+  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index()), crew = 32 * warp / T::kStoringThreads;
+  const int first_row = place.row * T::kRows + static_cast<int>(crew) * T::kStoredRows;
+  const int first_token = place.token * T::kTokens, shift = 8 - bits;
+  unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens() + crew * wgmma_staged_bytes<T>();
   // Row lane / 4 of the warp's fragment of 16 is the layout's fragment 2 (warp % 4), row + 8 the next one.
-  const int at = static_cast<int>(warp / 4 * kGroupRows + lane / 8 * 16 + warp % 4 * 4 + lane / 4 % 2);
+  const unsigned group = warp % (T::kStoringThreads / 32) / 4;
+  const int at = static_cast<int>(group * kGroupRows + lane / 8 * 16 + warp % 4 * 4 + lane / 4 % 2);
   const WorkerRow rows[2] = {worker_row<kKind, T>(with, first_row, at), worker_row<kKind, T>(with, first_row, at + 2)};
-  const bool whole = is_whole(with, first_row + T::kRows, first_token + T::kTokens);
+  const bool whole = is_whole(with, first_row + T::kStoredRows, first_token + T::kTokens);
   void* to = output_of<kKind>(with, static_cast<unsigned>(place.part));
   unsigned char* of_lane = staged + lane % 4 * 8;
 #pragma unroll
   for (int pass = 0; pass < T::kTokens; pass += S::kTokens) {
-    VITQ_NAMED_BARRIER(1, T::kWorkerThreads);  // what was staged before has been read
+    VITQ_NAMED_BARRIER(1 + static_cast<int>(crew), T::kStoringThreads);  // what was staged before has been read
 #pragma unroll
     for (int token = pass; token < pass + S::kTokens; token += 32) {
       const auto scale_of = [&](int i) {
@@ -207,8 +209,9 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
         }
       }
     }
-    VITQ_NAMED_BARRIER(1, T::kWorkerThreads);  // the staged tokens are complete
-    store_from_shared<kKind, S>(with, to, staged, first_row, first_token + pass, whole, warp, T::kWorkerThreads / 32);
+    VITQ_NAMED_BARRIER(1 + static_cast<int>(crew), T::kStoringThreads);  // the staged tokens are complete
+    store_from_shared<kKind, S>(with, to, staged, first_row, first_token + pass, whole,
+                                warp % (T::kStoringThreads / 32), T::kStoringThreads / 32);
   }
 }
 

@@ -20,6 +20,10 @@ template <int kWorkers_, int kTokens_, int kStages_>
 struct WgmmaTile {
   static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_;
   static constexpr int kRows = kGroupRows * kWorkers;
+  // The window of reordered rows is stored by all workers together; other tiles' workers store alone, so that one's way
+  // out lies under the other's products. Of those that store together: rows and threads.
+  static constexpr int kStoredRows = kRows == kWindowRows ? kRows : kGroupRows;
+  static constexpr int kStoringThreads = kWarpgroup * kStoredRows / kGroupRows;
   // One warp loads: beside it the workers have 224 or 120 registers a thread without setmaxnreg, which gives 240 or 112.
   static constexpr int kThreads = kWarpgroup * kWorkers + 32;
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
@@ -32,7 +36,7 @@ struct WgmmaTile {
 // words.
 template <class T, int kElement>
 struct WgmmaStaging {
-  static constexpr int kRows = T::kRows, kOfPack = staged_tokens(kElement);
+  static constexpr int kRows = T::kStoredRows, kOfPack = staged_tokens(kElement);
   static constexpr int kTokens = kElement == 1 ? T::kTokens : 64;  // of a pass
   static constexpr int kPacks = kTokens / kOfPack;
   static constexpr int kPacksOfPanel = kPanelBytes / (kOfPack * kElement);
@@ -51,13 +55,14 @@ __host__ __device__ constexpr int wgmma_stage_bytes(int widest) {
   return T::kTokenBytes + T::kWorkers * kStepsOfStage * widest * kChunkBytes;
 }
 template <class T>
-__host__ __device__ constexpr int wgmma_staged_bytes() {
+__host__ __device__ constexpr int wgmma_staged_bytes() {  // of those that store together
   return WgmmaStaging<T, 1>::kBytes > WgmmaStaging<T, 4>::kBytes ? WgmmaStaging<T, 1>::kBytes
                                                                  : WgmmaStaging<T, 4>::kBytes;
 }
 template <class T>
 __host__ __device__ constexpr int wgmma_shared_bytes(int widest) {
-  return kBarrierBytes + T::kStages * wgmma_stage_bytes<T>(widest) + wgmma_staged_bytes<T>();
+  return kBarrierBytes + T::kStages * wgmma_stage_bytes<T>(widest) +
+         T::kRows / T::kStoredRows * wgmma_staged_bytes<T>();
 }
 
 }  // namespace vitq

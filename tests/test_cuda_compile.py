@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_cost_model, cuda_epilogue, cuda_resources
+from benchmarks import cuda_cost_model, cuda_epilogue, cuda_resources, cuda_wgmma_model
 from benchmarks.cuda_sass import ARCHITECTURES, Kernel, class_of, count, extension_path, kernels, parse, resources
 from vitq_kernels.ops.cuda.tiles import TILES
 
@@ -84,8 +86,25 @@ def compiled(binary: Path) -> Callable[[str], list[Kernel]]:
 def test_nothing_spills(binary: Path, arch: str) -> None:
     found = resources(binary, arch)
     assert {"attention_kernel<2, 4>", "gemm_kernel<codes, s8, 256x128>", "row_kernel<32, 3>"} <= found.keys()
-    assert len([name for name in found if name.startswith("gemm_kernel")]) == 4 * 2 * len(TILES)
+    of_wgmma = sum(tile.wgmma for tile in TILES)
+    assert len([name for name in found if name.startswith("gemm_kernel")]) == 4 * 2 * (len(TILES) - of_wgmma)
+    assert len([name for name in found if name.startswith("wgmma_kernel")]) == 4 * of_wgmma
     assert {name: (stack, local) for name, (_, stack, _, local) in found.items() if stack or local} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["codes", "real"])
+def test_products_of_wgmma_are_not_serialised(tmp_path: Path, kind: str) -> None:
+    """ptxas says so (C7508 to C7519) where it cannot let products run while registers are written."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("cuda not built")
+    command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90a", "-Xptxas=-v", "-cubin"]
+    source = Path(__file__).parents[1] / "csrc" / f"gemm_sm90_{kind}.cu"
+    done = subprocess.run([*command, "-o", str(tmp_path / "cubin"), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "registers" in done.stderr
+    assert re.findall(r"C75\d\d[^\n]*", done.stderr) == []
 
 
 @pytest.mark.slow
@@ -94,8 +113,12 @@ def test_kernels_are_what_they_are_meant_to_be(compiled: Callable[[str], list[Ke
     for kernel in compiled(arch):
         names = Counter(instruction.name for instruction in kernel.instructions)
         assert local_accesses(kernel) == [], kernel.name
-        products = {name for name in names if name.startswith(("IMMA", "HMMA"))}
-        if kernel.name.startswith("attention_kernel"):
+        products = {name for name in names if name.startswith(("IMMA", "HMMA", "IGMMA"))}
+        if kernel.name.startswith("wgmma_kernel"):
+            tokens = kernel.name.split("x")[1].strip(">")
+            assert products == ({f"IGMMA.64x{tokens}x32.S8.S8"} if arch == "sm_90a" else set()), kernel.name
+            assert len(cuda_wgmma_model.slices(kernel)) == (7 if arch == "sm_90a" else 0), kernel.name
+        elif kernel.name.startswith("attention_kernel"):
             assert products == {"IMMA.16832.S8.S8", "IMMA.16832.U8.S8"}, kernel.name
         elif "s4" in kernel.name:
             assert products == (set() if arch == "sm_90a" else {"IMMA.16864.S4.S4"}), kernel.name
@@ -132,7 +155,8 @@ def test_the_committed_cost_model_is_that_of_the_build(compiled: Callable[[str],
     made = [row for arch in ARCHITECTURES for row in cuda_cost_model.rows(compiled(arch))]
     assert committed == [{k: str(v) for k, v in row.items()} for row in made]
     ways = cuda_cost_model.ways(made, compiled("sm_80"))
-    assert cuda_cost_model.REPORT.read_text(encoding="utf-8") == cuda_cost_model.report(made, ways)
+    hopper = cuda_wgmma_model.report(compiled("sm_90a"))
+    assert cuda_cost_model.REPORT.read_text(encoding="utf-8") == cuda_cost_model.report(made, ways, hopper)
     large = [r for r in made if r["operands"] == "s8" and r["bits"] == 8 and r["tile"] in cuda_cost_model.SHOWN]
     assert len(large) == len(ARCHITECTURES) * 3
     assert all(row["next_pct"] < 90 for row in large)

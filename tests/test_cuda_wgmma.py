@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from tests.conformance import Case
 from tests.conftest import BackendCase
 from tests.test_cuda_linear import MIXED, barrier_lines, check, fails_under_some_seed, linear_case
 from vitq_kernels.ops.cuda.extension import module
@@ -26,9 +28,12 @@ def planted(emulated: BackendCase) -> Iterator[Any]:
 
 def test_every_wait_is_needed(planted: Any) -> None:
     """The block's barrier, full and empty stages, and the two around what is staged."""
-    # Two tiles a block, whose slices are more than the stages together but not alone: a worker may run into its next tile.
-    case = linear_case(RowGroups.uniform(200, 4), 150, 300)
-    with forced(Plan(SMALL)):
+    # A block with two tiles, whose slices are more than the stages together but not alone: a worker may run into the
+    # next one. Words, of which a tile is staged in four passes.
+    codes = linear_case(RowGroups.uniform(200, 4), 300, 300)
+    given = {name: codes.arguments[name] for name in ("a", "weight", "multiplier", "bias_q")}
+    case = Case("linear_real", "words", given | {"out_dtype": torch.float32})
+    with forced(Plan(WGMMA_TILES[0])):
         lines = barrier_lines(case)
         assert len(lines) == 5
         for line in lines:
@@ -36,13 +41,9 @@ def test_every_wait_is_needed(planted: Any) -> None:
             assert fails_under_some_seed(case), f"without the wait of line {line} the numbers are the same"
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [{"no_fence": True}, {"no_swizzle": True}, {"wrong_parity": True}, {"extra_pending": 1}],
-    ids=lambda fault: next(iter(fault)),
-)
-def test_a_planted_fault_is_caught(planted: Any, fault: dict[str, Any]) -> None:
-    planted.plant(**fault)
+@pytest.mark.parametrize("fault", ["no_fence", "no_swizzle", "wrong_parity", "extra_pending"])
+def test_a_planted_fault_is_caught(planted: Any, fault: str) -> None:
+    planted.plant(**{fault: 1})
     with forced(Plan(SMALL)):
         assert fails_under_some_seed(linear_case(RowGroups.uniform(64, 8), 40, 300))
 

@@ -88,6 +88,10 @@ def test_a_case_of_the_tests_is_checked(monkeypatch: pytest.MonkeyPatch) -> None
     assert "elements differ" in check_one(("case", index), CPU, "cpu")
 
 
+# The GPU that the emulation stands for is an A100.
+MMA_TILES = {number for number, tile in enumerate(TILES) if not tile.wgmma}
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes, as small as they can be: cuda's rows of mixed widths are reordered inside windows of 256."""
@@ -137,7 +141,7 @@ def test_every_plan_is_forced_and_checked(small: None, emulated: BackendCase, mo
     wanted = [(plan.tile, "4 bits" in name, plan.parts) for name, plan in tasks]
     assert [call[:3] for call in seen] == wanted
     for shape in ("uniform", "mixed"):
-        assert {plan.tile for name, plan in tasks if name == shape} == set(range(len(TILES)))
+        assert {plan.tile for name, plan in tasks if name == shape} == MMA_TILES
     assert {plan.parts for _, plan in tasks} == {1, 2}
 
 
@@ -169,7 +173,7 @@ def test_the_shapes_are_what_they_are_listed_for() -> None:
     assert not any(CUDA.problem(layer, Gpu(90, 132)).native4 for layer in layers.values())
     tasks = tile_tasks(CUDA, "cpu")
     assert {(name, plan.tile) for name, plan in tasks if name == "mixed in order"} == {
-        ("mixed in order", tile) for tile in range(len(TILES))
+        ("mixed in order", tile) for tile in MMA_TILES
     }
     assert max(plan.parts for _, plan in tasks) == 12
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import predictions
 from benchmarks.kernel_targets import (
     CUBLAS,
     CUDNN,
@@ -115,3 +116,9 @@ def test_speed_over_other_rows() -> None:
     triton = [row("qkv", "4", 12.0), row("fc2", "4", 5.0), row("fc2", "4", 1.0, cache="hot")]
     assert over_triton(rows, triton) == [key | {"over_triton_x": pytest.approx(1.0)}]
     assert over_triton(rows, []) == []
+
+
+def test_the_committed_predictions_are_the_models() -> None:
+    page = predictions.PAGE.read_text(encoding="utf-8")
+    assert predictions.with_table(page) == page
+    assert page.count("| DeiT-B |") == page.count("| ViT-L |") == 16

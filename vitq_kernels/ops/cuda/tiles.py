@@ -1,7 +1,7 @@
 """Which tile, and how many parts of K, a linear layer gets: the kernel's table, and a model that ranks it.
 
-``TILES`` is the tables of csrc/gemm_tiles.cuh and gemm_sm90_tiles.cuh (a test compares them). The model, in clocks of one
-SM, for a tile of R rows and T tokens and steps of 64 columns:
+``TILES`` is the tables of csrc/gemm_tiles.cuh and gemm_sm90_tiles.cuh (a test compares them). The model, in clocks of
+one SM, for a tile of R rows and T tokens and steps of 64 columns:
 
     mma   = R T 64 / rate                 ``rate`` products a clock of mma.sync, times what a loop reaches of it
     load  = (R b/8 + T) 64 / l2           bytes from L2, ``l2`` a clock and SM
@@ -14,7 +14,7 @@ under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are fac
 and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check).
 
 On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, and a block takes tile after tile and fills its
-stages only once: chain = FILL + n (steps max(mma, load) + way out)."""
+stages only once: FILL + way out + n max(steps max(mma, load), way out), or in the tile of 256 rows n times their sum."""
 
 from __future__ import annotations
 
@@ -217,7 +217,8 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
     clocks = max(math.ceil(each_sm / resident) * chain, each_sm * busy)
     if tile.wgmma:
-        clocks = FILL_CLOCKS + each_sm * (busy + way_out)
+        together = tile.rows == WINDOW_ROWS  # workers store together, after the products
+        clocks = FILL_CLOCKS + way_out + each_sm * (busy + way_out if together else max(busy, way_out))
     us = LAUNCH_US + clocks / (1e3 * arch.ghz)
     if plan.parts > 1:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2

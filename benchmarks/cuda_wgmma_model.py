@@ -1,0 +1,114 @@
+"""The same static model for Hopper's GEMM: its loops by their machine code, and the share of the peak that tiles reach.
+
+A loop of gemm_sm90.cuh is a slice of 128 columns of a worker; rows are of a step of 64, as those of mma.sync. wgmma
+takes N / 2 clocks for 64 rows, N tokens and 32 columns, at 4096 products a clock and SM. Shared memory moves 128 bytes
+a clock: each wgmma reads its 32 N bytes of tokens, the copies write what they bring, and an LDS of any width takes 4
+clocks (16 bytes apart a lane: 4 and 8 bytes meet in banks).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.cuda_epilogue import best_path, blocks, pipes, reordered_value
+from benchmarks.cuda_sass import Instruction, Kernel, count
+from vitq_kernels.ops.cuda.tiles import STEP_COLS, STEPS_OF_STAGE, TILES, WINDOW_ROWS, Tile
+
+PRODUCTS = 4096  # int8 multiply-adds a clock and SM
+SHARED_BYTES = 128  # a clock
+LDS_CLOCKS = 4
+IGMMAS = 2 * STEPS_OF_STAGE  # of a slice
+WIDTH_BYTES = 4 * STEPS_OF_STAGE  # that a lane loads of a slice for each bit of the weights' width
+DEPTHS = (768, 1024, 3072, 4096)
+PIPES = ("tensor", "shared", "alu", "fma", "issue")
+WAYS_HEAD = """## Hopper: wgmma
+
+Loops of `csrc/gemm_sm90.cuh` for one step of 64 columns of a block; the way out of a tile of codes (rescaled, staged,
+stored) on its fullest pipe; and what a tile reaches of the tensor cores' peak. The workers of 128 rows store alone, one
+under the other's products: there the fullest pipe of loop and way out together sets the pace. Those of 256 rows store
+together, after the products. The next tile's bytes are loaded meanwhile. Waves, memory and power are not in it; power
+is expected to limit int8 to about 73 % (kernels.md 5).
+
+| tile | bits | tensor | shared | ALU | FMA | issue | way out | K = 768 | 1024 | 3072 | 4096 |
+|---|---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
+
+
+def tile_of(kernel: Kernel) -> Tile | None:
+    """Of a wgmma kernel with the epilogue of codes, None for others."""
+    match = re.match(r"wgmma_kernel<codes, (\d+)x(\d+)>", kernel.name)
+    if match is None or kernel.arch != "sm_90a":
+        return None
+    size = int(match.group(1)), int(match.group(2))
+    return next(t for t in TILES if t.wgmma and (t.rows, t.tokens) == size)
+
+
+def slices(kernel: Kernel) -> list[tuple[Instruction, ...]]:
+    """The loops that multiply, one for each width."""
+    places = {instruction.address: place for place, instruction in enumerate(kernel.instructions)}
+    found = []
+    for end, instruction in enumerate(kernel.instructions):
+        target = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.name.startswith("BRA") else None
+        start = places.get(int(target.group(1), 16), end) if target else end
+        body = kernel.instructions[start : end + 1]
+        # The loop over tiles holds those of all widths; a loop over slices may be unrolled.
+        if sum(i.name.startswith("IGMMA") for i in body) in (IGMMAS, 2 * IGMMAS, 4 * IGMMAS):
+            found.append(body)
+    # A wait inside a loop may branch back to before it: of bodies with the same products the shortest.
+    return [min((b for b in found if _last(b) == last), key=len) for last in sorted({_last(b) for b in found})]
+
+
+def step_row(tile: Tile, body: tuple[Instruction, ...]) -> dict[str, Any]:
+    """One loop in clocks of each pipe, of a step of a block."""
+    classes = count(body)
+    workers, warps, times = tile.rows // 64, tile.rows // 16, sum(i.name.startswith("IGMMA") for i in body) // IGMMAS
+    lane_bytes = 16 * classes["LDS.128"] + 8 * classes["LDS.64"] + 4 * classes["LDS"]
+    bits = lane_bytes // (WIDTH_BYTES * times)
+    loads = (classes["LDS.128"] + classes["LDS.64"] + classes["LDS"]) / times
+    tokens_read = workers * IGMMAS / STEPS_OF_STAGE * 32 * tile.tokens / SHARED_BYTES
+    row = {
+        "bits": bits,
+        "tensor": tile.rows * tile.tokens * STEP_COLS / PRODUCTS,
+        "shared": tokens_read + tile.step_bytes(bits) / SHARED_BYTES + loads * warps * LDS_CLOCKS / STEPS_OF_STAGE,
+    }
+    slice_pipes = pipes(body, warps)
+    return row | {pipe: slice_pipes[pipe] / (STEPS_OF_STAGE * times) for pipe in ("alu", "fma", "issue")}
+
+
+def way_out(kernel: Kernel, tile: Tile) -> dict[str, float]:
+    """Clocks of each pipe from the last product of a tile to its last store."""
+    last = max(n for n, i in enumerate(kernel.instructions) if i.name.startswith("IGMMA"))
+    graph = blocks(kernel)
+    start = min(address for address in graph if address > kernel.instructions[last].address)
+    path = best_path(graph, start, reordered_value)
+    staged = 2 * tile.rows * tile.tokens / SHARED_BYTES
+    return {**pipes(path, tile.rows / 16), "shared": staged}
+
+
+def reached(row: dict[str, Any], after: dict[str, float], tile: Tile, depth: int) -> float:
+    """Share of the tensor cores' peak of a tile with ``depth`` columns."""
+    steps = depth / STEP_COLS
+    if tile.rows == WINDOW_ROWS:
+        return float(steps * row["tensor"] / (steps * max(row[pipe] for pipe in PIPES) + max(after.values())))
+    return float(steps * row["tensor"] / max(steps * row[pipe] + after.get(pipe, 0) for pipe in PIPES))
+
+
+def report(listing: Iterable[Kernel]) -> list[str]:
+    """The section of docs/cuda_cost_model.md."""
+    lines = [*WAYS_HEAD]
+    for kernel in listing:
+        tile = tile_of(kernel)
+        if tile is None:
+            continue
+        after = way_out(kernel, tile)
+        for row in sorted((step_row(tile, body) for body in slices(kernel)), key=lambda row: -row["bits"]):
+            shares = (f"{100 * reached(row, after, tile, depth):.0f} %" for depth in DEPTHS)
+            clocks = (f"{row[pipe]:.0f}" for pipe in PIPES)
+            cells = (f"{tile.rows}x{tile.tokens}", row["bits"], *clocks, f"{max(after.values()):.0f}", *shares)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
+def _last(body: tuple[Instruction, ...]) -> int:
+    return max(i.address for i in body if i.name.startswith("IGMMA"))
