@@ -14,7 +14,7 @@ under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are fac
 and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check).
 
 On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, and a block takes tile after tile and fills its
-stages only once: FILL + way out + n max(steps max(mma, load), way out), or in the tile of 256 rows n times their sum."""
+stages only once: FILL + way out + n max(steps max(mma, load), way out); in the tile of 256 rows n times their sum."""
 
 from __future__ import annotations
 
