@@ -85,7 +85,7 @@ def gencode(architectures: str) -> str:
             raise SystemExit(f"VITQ_CUDA_ARCHITECTURES must be like {ARCHITECTURES!r}, got {architectures!r}")
         number, ptx = match.groups()
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-        flags.append(f"-gencode 'arch=compute_{number},code={code}'")
+        flags.append(f"-gencode 'arch=compute_{number},code={code}'" + " -DVITQ_HAS_SM90A" * (number == "90a"))
     return " ".join(flags)
 
 

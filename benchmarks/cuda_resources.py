@@ -27,6 +27,7 @@ LIMITS = {
     "sm_89": (100 << 10, 48, 24),
     "sm_90a": (228 << 10, 64, 32),
 }
+PARTITIONS = 4  # of an SM
 REGISTERS, RESERVED_BYTES = 65536, 1024  # of an SM; of a block, taken by the system
 ROW_THREADS = 256  # csrc/layernorm.cu, kBlockRow
 
@@ -51,8 +52,10 @@ def occupancy(threads: int, registers: int, shared: int, arch: str) -> tuple[int
     """Blocks that an SM holds at a time, and what limits them."""
     shared_of_sm, warps_of_sm, most_blocks = LIMITS[arch]
     warps = threads // 32
+    # Allocated by 256 a warp, in each of four sub-partitions, among which a block's warps are dealt out.
+    of_partition = REGISTERS // PARTITIONS // (-(-registers * 32 // 256) * 256)
     limits = {
-        "registers": REGISTERS // (warps * -(-registers * 32 // 256) * 256),  # allocated by 256 a warp
+        "registers": of_partition // -(-warps // PARTITIONS),
         "shared memory": shared_of_sm // (shared + RESERVED_BYTES),
         "warps": warps_of_sm // warps,
         "blocks": most_blocks,

@@ -26,13 +26,13 @@ PIPES = ("tensor", "shared", "alu", "fma", "issue")
 WAYS_HEAD = """## Hopper: wgmma
 
 Loops of `csrc/gemm_sm90.cuh` for one step of 64 columns of a block; the way out of a tile of codes (rescaled, staged,
-stored) on its fullest pipe; and what a tile reaches of the tensor cores' peak. The workers of 128 rows store alone, one
-under the other's products: there the fullest pipe of loop and way out together sets the pace. Those of 256 rows store
-together, after the products. The next tile's bytes are loaded meanwhile. Waves, memory and power are not in it; power
-is expected to limit int8 to about 73 % (kernels.md 5).
+stored) on its fullest pipe; and what a tile reaches of the tensor cores' peak, the way out after the products. The
+workers of 128 rows store alone, so that one's way out may lie under the other's products; the last column is the bound
+if it all does, at K = 768. The next tile's bytes are loaded meanwhile. Waves, memory and power are not in it; power is
+expected to limit int8 to about 73 % (kernels.md 5).
 
-| tile | bits | tensor | shared | ALU | FMA | issue | way out | K = 768 | 1024 | 3072 | 4096 |
-|---|---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
+| tile | bits | tensor | shared | ALU | FMA | issue | way out | K = 768 | 1024 | 3072 | 4096 | 768, overlapped |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
 
 
 def tile_of(kernel: Kernel) -> Tile | None:
@@ -86,11 +86,17 @@ def way_out(kernel: Kernel, tile: Tile) -> dict[str, float]:
     return {**pipes(path, tile.rows / 16), "shared": staged}
 
 
-def reached(row: dict[str, Any], after: dict[str, float], tile: Tile, depth: int) -> float:
-    """Share of the tensor cores' peak of a tile with ``depth`` columns."""
+def reached(row: dict[str, Any], after: dict[str, float], depth: int) -> float:
+    """Share of the tensor cores' peak of a tile with ``depth`` columns, the way out after the products."""
     steps = depth / STEP_COLS
+    return float(steps * row["tensor"] / (steps * max(row[pipe] for pipe in PIPES) + max(after.values())))
+
+
+def overlapped(row: dict[str, Any], after: dict[str, float], tile: Tile, depth: int) -> float:
+    """The same, the way out under the products as far as no pipe is full; workers that store together cannot."""
     if tile.rows == WINDOW_ROWS:
-        return float(steps * row["tensor"] / (steps * max(row[pipe] for pipe in PIPES) + max(after.values())))
+        return reached(row, after, depth)
+    steps = depth / STEP_COLS
     return float(steps * row["tensor"] / max(steps * row[pipe] + after.get(pipe, 0) for pipe in PIPES))
 
 
@@ -103,7 +109,8 @@ def report(listing: Iterable[Kernel]) -> list[str]:
             continue
         after = way_out(kernel, tile)
         for row in sorted((step_row(tile, body) for body in slices(kernel)), key=lambda row: -row["bits"]):
-            shares = (f"{100 * reached(row, after, tile, depth):.0f} %" for depth in DEPTHS)
+            shares = [f"{100 * reached(row, after, depth):.0f} %" for depth in DEPTHS]
+            shares.append(f"{100 * overlapped(row, after, tile, DEPTHS[0]):.0f} %")
             clocks = (f"{row[pipe]:.0f}" for pipe in PIPES)
             cells = (f"{tile.rows}x{tile.tokens}", row["bits"], *clocks, f"{max(after.values()):.0f}", *shares)
             lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -96,6 +96,11 @@ PYBIND11_MODULE(_cuda, module) {
     }
     return rows;
   });
+#if defined(VITQ_EMULATION) || defined(VITQ_HAS_SM90A)
+  module.attr("has_wgmma") = true;
+#else
+  module.attr("has_wgmma") = false;
+#endif
   module.def("gemm_shared_bytes", [](int tile, int widest, bool staged, int kind) {
     return vitq::gemm_shared_bytes(tile, widest, staged, static_cast<vitq::Epilogue>(kind));
   });

@@ -4,7 +4,7 @@
 //             those of gemm_sm80.cuh; the weights' layout is the same.
 // Roles       The operands are swapped: a group of 64 weight rows is the M operand, unpacked from shared memory into
 //             registers, tokens are the N operand. A worker warpgroup computes one group times all tokens of the tile.
-//             One thread of the last warp loads; it runs ahead, into the next tile while the workers store.
+//             One thread of the last warpgroup loads; it runs ahead, into the next tile while the workers store.
 // Pipeline    kStages stages of 128 columns, each with a barrier "full" (the bytes are there) and "empty" (all warps have
 //             left). Tokens come as a box of a tensor map, swizzled, with zeros beyond the matrix; a group's step is one
 //             bulk copy.
@@ -73,25 +73,25 @@ __device__ __forceinline__ void load_tiles(const GemmArguments& with, const Tens
   Ring<T> ring{weight.widest};
   for (int tile = static_cast<int>(blockIdx.x); tile < order.count(); tile += static_cast<int>(gridDim.x)) {
     const TilePlace place(order, tile, weight.steps);
-    const int group = place.row * T::kWorkers;
+    int bits[T::kWorkers], first[T::kWorkers], bits_together = 0;
+#pragma unroll
+    for (int worker = 0; worker < T::kWorkers; ++worker) {
+      const int group = place.row * T::kWorkers + worker;
+      bits[worker] = group < weight.group_count ? weight.groups[2 * group] : 0;
+      first[worker] = group < weight.group_count ? weight.groups[2 * group + 1] : 0;
+      bits_together += bits[worker];
+    }
     for (int slice = place.slice; slice < place.end_slice; ++slice) {
       VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
       // Of an odd last step's second half the tokens are zeros, the weights what lay there.
       const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
-      unsigned bytes = T::kTokenBytes;
-#pragma unroll
-      for (int worker = 0; worker < T::kWorkers; ++worker) {
-        if (group + worker < weight.group_count)
-          bytes += static_cast<unsigned>(steps * weight.groups[2 * (group + worker)] * kChunkBytes);
-      }
-      mbarrier_expect(ring.full(), bytes);
+      mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
       copy_box(ring.tokens(), map, step * kStepColumns, place.token * T::kTokens, ring.full());
 #pragma unroll
       for (int worker = 0; worker < T::kWorkers; ++worker) {
-        if (group + worker >= weight.group_count) continue;
-        const int bits = weight.groups[2 * (group + worker)], first = weight.groups[2 * (group + worker) + 1];
-        copy_bulk(ring.chunks(worker), weight.chunks + (first + int64_t{step} * bits) * kChunkBytes,
-                  static_cast<unsigned>(steps * bits * kChunkBytes), ring.full());
+        if (bits[worker] == 0) continue;
+        copy_bulk(ring.chunks(worker), weight.chunks + (first[worker] + int64_t{step} * bits[worker]) * kChunkBytes,
+                  static_cast<unsigned>(steps * bits[worker] * kChunkBytes), ring.full());
       }
       ring.advance();
     }
@@ -122,6 +122,9 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
 #pragma unroll
       for (int step = 0; step < kStepsOfStage; ++step) {
         unpack_step<kBits>(chunks + step * kBits * kChunkBytes, warp % 4, a[step]);
+        // Written before the fence: the accumulators' zeros, what the last wait gave back, the unpacked weights.
+        if (step == 0) hold(acc);
+        hold(a[step][0]), hold(a[step][1]);
         wgmma_fence();
         wgmma_s8<T::kTokens>(acc, a[step][0], columns_further(tokens, step * kStepColumns));
         wgmma_s8<T::kTokens>(acc, a[step][1], columns_further(tokens, step * kStepColumns + 32));
@@ -216,7 +219,7 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
 }
 
 template <Epilogue kKind, class T>
-__global__ void __maxnreg__(T::kRegisters)
+__global__ void __launch_bounds__(T::kThreads, 1)
     wgmma_kernel(const GemmArguments with, VITQ_TENSOR_MAP map, const TileOrder order) {
 #if defined(VITQ_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   Ring<T> ring{with.weight.widest};
@@ -230,8 +233,16 @@ __global__ void __maxnreg__(T::kRegisters)
   ring.stage = 0;
   VITQ_BARRIER();  // the barriers are initialised
   if (threadIdx.x >= T::kWorkerThreads) {
+    give_registers<T::kLoaderRegisters>();
     if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
     return;
+  }
+  take_registers<T::kWorkerRegisters>();
+  // Of two workers that store alone the second one begins when the last stage has been filled, which while the pipeline
+  // fills is that many slices later: from then on one's way out and the other's products take turns.
+  if (T::kStoredRows < T::kRows && warp_index() >= 4 &&
+      TilePlace(order, 0, with.weight.steps).end_slice >= T::kStages) {
+    delay_until(ring.full() + T::kStages - 1, 0);
   }
   for (int tile = static_cast<int>(blockIdx.x); tile < order.count(); tile += static_cast<int>(gridDim.x)) {
     const TilePlace place(order, tile, with.weight.steps);
@@ -257,7 +268,7 @@ __global__ void __maxnreg__(T::kRegisters)
     store_tile<kKind, T>(with, acc, order, tile, bits);
   }
 #else
-  __trap();  // no wgmma before and after Hopper; ops/cuda/tiles.py does not ask for it there
+  __trap();  // no wgmma before and after Hopper, nor in a build without sm_90a; ops/cuda does not ask for it there
 #endif
 }
 
@@ -268,11 +279,11 @@ void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream
   const int slices = (with.weight.steps + kStepsOfStage - 1) / kStepsOfStage;
   require(parts <= slices, "linear: parts must be in 1.." + std::to_string(slices) + ", got " + std::to_string(parts));
   const TileOrder order = TileOrder::of<T>(with, parts);
-  const TensorMap map = token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens);
   require(int64_t{order.row_tiles} * order.token_tiles * parts < int64_t{1} << 30, "linear: too many tiles");
   const int blocks = order.count() < sm_count() ? order.count() : sm_count();
   const auto kernel = &wgmma_kernel<kKind, T>;
-  allow_shared_memory(kernel, bytes, "linear");
+  allow_shared_memory(kernel, bytes, "linear");  // first: a new thread has no context before a call of the runtime
+  const TensorMap map = token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens);
   VITQ_LAUNCH(kernel, static_cast<unsigned>(blocks), T::kThreads, bytes, stream, with, map, order);
   check_launch("linear");
 }

@@ -24,9 +24,11 @@ struct WgmmaTile {
   // out lies under the other's products. Of those that store together: rows and threads.
   static constexpr int kStoredRows = kRows == kWindowRows ? kRows : kGroupRows;
   static constexpr int kStoringThreads = kWarpgroup * kStoredRows / kGroupRows;
-  // One warp loads: beside it the workers have 224 or 120 registers a thread without setmaxnreg, which gives 240 or 112.
-  static constexpr int kThreads = kWarpgroup * kWorkers + 32;
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  // One thread of the last warpgroup loads. A sub-partition of the SM has a quarter of the registers and a warp of each
+  // warpgroup, so a kernel starts with 65536 / threads each; the loading warpgroup gives most of its own to the workers
+  // (setmaxnreg: 2 * 240 + 24 = 504 of 3 * 168, 4 * 112 + 24 = 472 of 5 * 96).
+  static constexpr int kThreads = kWarpgroup * (kWorkers + 1);
+  static constexpr int kLoaderRegisters = 24, kWorkerRegisters = kWorkers == 2 ? 240 : 112;
   static constexpr int kWorkerThreads = kWarpgroup * kWorkers;
   static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
 };

@@ -160,7 +160,9 @@ template <Epilogue kKind, class S>
 __device__ __forceinline__ void store_scattered(const GemmArguments& with, void* out, const unsigned char* staged,
                                                 int first_row, int first_token, unsigned warp, unsigned warps) {
   constexpr int kElement = staged_element(kKind);
-  for (unsigned block = warp; block < S::kRows / 32; block += warps) {
+  constexpr unsigned kBlocks = S::kRows / 32;
+  const int packs_at_once = static_cast<int>(warps > kBlocks ? warps / kBlocks : 1);
+  for (unsigned block = warp % kBlocks; block < kBlocks; block += warps) {
     const int at = static_cast<int>(32 * block + lane_index());
     int row = first_row + at;
     if (S::kRows < kWindowRows && with.weight.order != nullptr)
@@ -168,7 +170,7 @@ __device__ __forceinline__ void store_scattered(const GemmArguments& with, void*
     if (row >= with.rows) continue;
     const unsigned char* source = staged + staged_offset(at);
 #pragma unroll 1
-    for (int pack = 0; pack < S::kPacks; ++pack) {
+    for (int pack = static_cast<int>(warp / kBlocks); pack < S::kPacks; pack += packs_at_once) {
       uint32_t word[2];
       load_pack<kElement>(
           source + pack / S::kPacksOfPanel * S::kPanel + pack % S::kPacksOfPanel * S::kOfPack * kElement, word);

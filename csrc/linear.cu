@@ -77,6 +77,8 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
               std::to_string(a_stride));
   require(weight.steps * kStepColumns >= columns && weight.group_count * kGroupRows >= rows,
           "linear: the weight is smaller than its rows and columns");
+  require(reinterpret_cast<uintptr_t>(weight.chunks) % 16 == 0,
+          "linear: the weight must begin at a multiple of 16 bytes");
   require(1 <= parts && parts <= weight.steps,
           "linear: parts must be in 1.." + std::to_string(weight.steps) + ", got " + std::to_string(parts));
   require(parts == 1 || partial != nullptr, "linear: several parts need room for their sums");

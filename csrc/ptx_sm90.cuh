@@ -44,6 +44,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
                : "memory");
 }
 #define VITQ_WAIT(barrier, parity) vitq::mbarrier_wait(barrier, parity)
+// The same where nothing but time depends on it.
+__device__ __forceinline__ void delay_until(uint64_t* barrier, unsigned parity) { mbarrier_wait(barrier, parity); }
 
 // 9.7.13.1 barrier.sync of `threads` threads of the block, one of 16.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
@@ -67,6 +69,16 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
           "r"(shared_address(shared)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
+}
+
+// 9.7.19.5 setmaxnreg: every warp of a warpgroup gives registers back, or takes them, until each thread has so many.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // 9.7.15.5.1.2.2 The descriptor of a matrix of bytes in lines of 128, swizzled as copy_box does, rows of 8 lines 1024

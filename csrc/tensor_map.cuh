@@ -24,8 +24,12 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION < 12050
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &status), "tensor maps");
+#else
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status),
-          "cuTensorMapEncodeTiled");
+          "tensor maps");
+#endif
     require(status == cudaDriverEntryPointSuccess, "the driver has no tensor maps");
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();

@@ -92,19 +92,68 @@ def test_nothing_spills(binary: Path, arch: str) -> None:
     assert {name: (stack, local) for name, (_, stack, _, local) in found.items() if stack or local} == {}
 
 
+def compile_for_hopper(kind: str, *options: str) -> str:
+    """What nvcc says while it compiles a kind of epilogue of the wgmma kernel."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("cuda not built")
+    source = Path(__file__).parents[1] / "csrc" / f"gemm_sm90_{kind}.cu"
+    command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90a", *options, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["codes", "real"])
 def test_products_of_wgmma_are_not_serialised(tmp_path: Path, kind: str) -> None:
     """ptxas says so (C7508 to C7519) where it cannot let products run while registers are written."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("cuda not built")
-    command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90a", "-Xptxas=-v", "-cubin"]
-    source = Path(__file__).parents[1] / "csrc" / f"gemm_sm90_{kind}.cu"
-    done = subprocess.run([*command, "-o", str(tmp_path / "cubin"), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "registers" in done.stderr
-    assert re.findall(r"C75\d\d[^\n]*", done.stderr) == []
+    said = compile_for_hopper(kind, "-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"))
+    assert "registers" in said
+    assert re.findall(r"C75\d\d[^\n]*", said) == []
+
+
+def written_after_the_fence(ptx: str) -> list[str]:
+    """Registers of a wgmma that are written between the fence and it, which PTX ISA 9.7.15.7 leaves undefined."""
+    found, written = [], None
+    for line in ptx.splitlines():
+        if "wgmma.fence" in line:
+            written = set()
+        elif "wgmma.mma_async" in line and written is not None:
+            found += sorted(written & set(re.findall(r"%r\d+", line.split("{", 1)[1])))
+            written = None  # the next one of the chain needs no fence of its own
+        elif written is not None:
+            written |= set(re.findall(r"^\s*[a-z][\w.]*\s+\{?(%r\d+)", line))
+    return found
+
+
+def test_a_register_written_after_the_fence_is_seen() -> None:
+    product = "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%r1, %r2}, {%r3, %r4, %r5, %r6}, %rd1, 1;"
+    assert written_after_the_fence(f"mov.u32 %r1, 0;\nwgmma.fence.sync.aligned;\nadd.s64 %rd1, 1;\n{product}") == []
+    assert written_after_the_fence(f"wgmma.fence.sync.aligned;\nmov.u32 %r1, 0;\n{product}") == ["%r1"]
+
+
+@pytest.mark.slow
+def test_registers_of_wgmma_are_written_before_the_fence(tmp_path: Path) -> None:
+    compile_for_hopper("codes", "-ptx", "-o", str(tmp_path / "ptx"))
+    ptx = (tmp_path / "ptx").read_text()
+    assert ptx.count("wgmma.fence") >= 3 * 7 * 2
+    assert written_after_the_fence(ptx) == []
+
+
+def test_every_kernel_fits_an_sm() -> None:
+    with cuda_resources.RESULTS.open(encoding="utf-8") as file:
+        held = {(row["kernel"], row["arch"]): int(row["blocks_per_sm"]) for row in csv.DictReader(file)}
+    # 8-bit stages of the largest tiles exceed sm_86 and sm_89; tiles.py asks what a GPU holds.
+    assert {name for (name, arch), blocks in held.items() if blocks == 0 and arch in ("sm_80", "sm_90a")} == set()
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "blocks"), [(288, 224, 0), (288, 168, 1), (384, 168, 1), (544, 120, 0), (640, 96, 1)]
+)
+def test_registers_are_those_of_sub_partitions(threads: int, registers: int, blocks: int) -> None:
+    """9 warps of 224 registers are 64512, but three of them in one quarter of the SM."""
+    assert cuda_resources.occupancy(threads, registers, 0, "sm_90a")[0] == blocks
 
 
 @pytest.mark.slow

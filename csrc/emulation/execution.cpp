@@ -401,7 +401,7 @@ void mbarrier_arrive(void* address, unsigned expected_bytes) {
 }
 
 void mbarrier_wait(int line, void* address, unsigned parity) {
-  barrier_lines.insert(line);
+  if (line > 0) barrier_lines.insert(line);
   if (line == planted.skipped_barrier) return;
   Thread& self = current->running();
   self.mbarrier = &mbarrier_at(address), self.parity = (parity ^ planted.wrong_parity) & 1;

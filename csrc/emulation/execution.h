@@ -18,7 +18,6 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
 
 struct uint2 {
   unsigned x, y;
@@ -63,7 +62,7 @@ void collective(const char* name, void* operands, Execute execute, unsigned widt
 // mbarrier: arrivals and bytes that a phase waits for; they lie in its 8 bytes of shared memory.
 void mbarrier_init(void* barrier, unsigned arrivals);
 void mbarrier_arrive(void* barrier, unsigned expected_bytes);
-// Until the phase of this parity is complete; `line` names the place for plant().
+// Until the phase of this parity is complete; `line` names the place for plant(), -1: the numbers do not depend on it.
 void mbarrier_wait(int line, void* barrier, unsigned parity);
 
 // A copy that completes its bytes at an mbarrier: `copy` runs when it arrives, the target is garbage until then.

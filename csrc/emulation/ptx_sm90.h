@@ -20,6 +20,7 @@ struct TensorMap {
 
 inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) { emulation::mbarrier_init(barrier, arrivals); }
 inline void fence_mbarrier_init() {}
+inline void delay_until(uint64_t* barrier, unsigned parity) { emulation::mbarrier_wait(-1, barrier, parity); }
 inline void mbarrier_expect(uint64_t* barrier, unsigned bytes) { emulation::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_arrive(uint64_t* barrier) { emulation::mbarrier_arrive(barrier, 0); }
 
@@ -58,6 +59,11 @@ inline void copy_box(void* shared, const TensorMap& map, int column, int row, ui
     }
   });
 }
+
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
 
 // The first byte, from the block's first on: layout and strides are always the same.
 using MatrixDescriptor = uint32_t;

@@ -24,7 +24,8 @@ def gpu_of(tensor: Tensor) -> Gpu:
 @cache
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count, properties.name)
+    cc = 10 * properties.major + properties.minor
+    return Gpu(cc, properties.multi_processor_count, properties.name, module().has_wgmma)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

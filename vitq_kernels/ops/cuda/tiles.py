@@ -9,12 +9,15 @@ one SM, for a tile of R rows and T tokens and steps of 64 columns:
     time  = max(ceil(n/r) chain, n steps max(mma, load))                   n blocks an SM, r at a time
 
 (where reordered rows meet a tile that is smaller than their window, SCATTER instead of REORDER, which no other block
-hides) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop is hidden
-under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL, EPILOGUE
-and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check).
+hides) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop of
+mma.sync is hidden under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``,
+``l2``, FILL, EPILOGUE and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of
+device_check).
 
-On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, and a block takes tile after tile and fills its
-stages only once: FILL + way out + n max(steps max(mma, load), way out); in the tile of 256 rows n times their sum."""
+On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, a step waits for shared memory too (tokens read
+by each warpgroup, bytes that arrive, words unpacked: docs/cuda_cost_model.md), and a block fills its stages only once:
+FILL + n (steps max(mma, load, shared) + way out). How much of one warpgroup's way out lies under the other's products
+is not known, so nothing of it is counted."""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
-from vitq_kernels.ops.mma_fragments import CHUNK_BYTES, GROUP_ROWS, STEP_COLS
+from vitq_kernels.ops.mma_fragments import CHUNK_BYTES, GROUP_ROWS, PLANES_OF, STEP_COLS
 
 FILL_CLOCKS = 1500  # vectors and first stages from memory
 EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
@@ -55,6 +58,12 @@ class Tile:
         """Bytes of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
         return self.tokens * STEP_COLS + self.rows // GROUP_ROWS * widest * CHUNK_BYTES
 
+    def shared_clocks(self, widest: int) -> float:
+        """Clocks of shared memory of a step of wgmma: 128 bytes each, and 4 for each load of a warp's weights."""
+        warpgroups = self.rows // GROUP_ROWS
+        loads = len(PLANES_OF[widest]) if widest < 8 else 2
+        return warpgroups * self.tokens * STEP_COLS / 128 + self.step_bytes(widest) / 128 + 4 * 4 * warpgroups * loads
+
     def shared_bytes(self, widest: int) -> int:
         """Shared memory of a block; mma.sync's staged outputs fit where the stages lay, wgmma's lie beside them."""
         stages = self.stages * self.step_bytes(widest)
@@ -71,9 +80,9 @@ TILES = (
     Tile(128, 64, 128, 4, 3),
     Tile(256, 32, 128, 4, 3),
     Tile(64, 64, 64, 4, 6),
-    Tile(128, 256, 288, 4, 1, wgmma=True),
-    Tile(256, 128, 544, 3, 1, wgmma=True),
-    Tile(128, 64, 288, 4, 1, wgmma=True),
+    Tile(128, 256, 384, 4, 1, wgmma=True),
+    Tile(256, 128, 640, 3, 1, wgmma=True),
+    Tile(128, 64, 384, 4, 1, wgmma=True),
 )
 
 
@@ -109,6 +118,7 @@ class Gpu:
     cc: int  # compute capability, 80 for 8.0
     sms: int
     name: str = ""
+    has_wgmma: bool = True  # where the architecture does: whether the extension was built for it
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
         Plan(number, parts)
         for number, tile in enumerate(TILES)
         if tile.shared_bytes(problem.widest) <= arch.shared_bytes
-        and (not tile.wgmma or (arch.wgmma_products and not problem.native4))
+        and (not tile.wgmma or (arch.wgmma_products and gpu.has_wgmma and not problem.native4))
         for parts in PARTS
         # A part keeps at least two steps to run through, of wgmma two stages.
         if parts == 1 or problem.steps >= 2 * parts * (STEPS_OF_STAGE if tile.wgmma else 1)
@@ -205,6 +215,7 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     step = max(
         tile.rows * tile.tokens * STEP_COLS / (products * arch.reached),
         tile.step_bytes(problem.widest) / arch.l2_bytes,
+        tile.shared_clocks(problem.widest) if tile.wgmma else 0.0,
     )
     steps = -(-problem.steps // plan.parts)
     reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS else 0.0
@@ -217,8 +228,7 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
     clocks = max(math.ceil(each_sm / resident) * chain, each_sm * busy)
     if tile.wgmma:
-        together = tile.rows == WINDOW_ROWS  # workers store together, after the products
-        clocks = FILL_CLOCKS + way_out + each_sm * (busy + way_out if together else max(busy, way_out))
+        clocks = FILL_CLOCKS + each_sm * (busy + way_out)
     us = LAUNCH_US + clocks / (1e3 * arch.ghz)
     if plan.parts > 1:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
