@@ -80,8 +80,10 @@ def test_an_unknown_mode_is_refused(script: ModuleType, monkeypatch: pytest.Monk
         ("80", "-gencode 'arch=compute_80,code=sm_80'"),
         (
             "89+PTX;90a",
-            "-gencode 'arch=compute_89,code=[sm_89,compute_89]' "
-            "-gencode 'arch=compute_90a,code=sm_90a' -DVITQ_HAS_SM90A",
+            (
+                "-gencode 'arch=compute_89,code=[sm_89,compute_89]' "
+                "-gencode 'arch=compute_90a,code=sm_90a' -DVITQ_HAS_SM90A"
+            ),
         ),
     ],
 )
