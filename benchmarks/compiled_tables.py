@@ -17,7 +17,7 @@ says what can be fast, not that it is:
 LOOPS = f"""\
 The inner loop of the CUDA GEMM with int8 activations, tile {LOOP_TILE}, counted in its machine code: unpacking costs no
 time while the busiest other pipe needs less than the tensor cores. Hopper's are assumed to give `mma.sync` half of
-their peak. All loops: `docs/cuda_cost_model.md`.
+their peak; its own kernel on `wgmma`, and all other loops: `docs/cuda_cost_model.md`.
 """
 
 
@@ -39,6 +39,7 @@ def resources(results: Path, loops: list[Row]) -> str:
         spilled = sum(int(row["local_bytes"]) > 0 or int(row["stack_bytes"]) > 0 for row in rows)
         integer = [row for row in loops if row["arch"] == arch and int(row["imma"]) > 0]
         products = f"mma.sync {', '.join(dict.fromkeys(row['operands'] for row in integer))}"
+        products += "; wgmma s8" if any(row["kernel"].startswith("wgmma") for row in rows) else ""
         lines.append(_line("CUDA", arch, rows, spilled, products))
     for cc, rows in _by(_read(results / "triton_resources.csv"), "cc").items():
         spilled = sum(int(row["spills"]) > 0 for row in rows)
