@@ -89,10 +89,10 @@ PYBIND11_MODULE(_cuda, module) {
       }));
   define(module, "linear", &vitq::linear);
   module.def("gemm_tiles", [] {
-    std::vector<std::tuple<int, int, int, int, int, bool>> rows;
+    std::vector<std::tuple<int, int, int, int, int, bool, int>> rows;
     for (int i = 0; i < vitq::kGemmTiles; ++i) {
       const vitq::GemmTile tile = vitq::gemm_tile(i);
-      rows.emplace_back(tile.rows, tile.tokens, tile.threads, tile.stages, tile.blocks, tile.wgmma);
+      rows.emplace_back(tile.rows, tile.tokens, tile.threads, tile.stages, tile.blocks, tile.wgmma, tile.cluster);
     }
     return rows;
   });

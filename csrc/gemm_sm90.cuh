@@ -12,6 +12,7 @@
 // Source      PTX ISA 9.7.15 (wgmma), 9.7.13.15 (mbarrier), 9.7.9.25 (bulk copies); ../shared/docs/kernels.md 3.1 to 3.3.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "gemm_sm90_tiles.cuh"
@@ -21,19 +22,20 @@
 
 namespace vitq {
 
-// Which tile comes in which turn of a block; rows first, so that blocks beside each other share tokens in L2.
+// Which tiles come in which turn of a cluster; rows first, so that clusters beside each other share tokens in L2.
 struct TileOrder {
   int row_tiles, token_tiles, parts;
 
   template <class T>
   static __host__ __device__ TileOrder of(const GemmArguments& with, int parts) {
-    return {(with.rows + T::kRows - 1) / T::kRows, (with.tokens + T::kTokens - 1) / T::kTokens, parts};
+    constexpr int kRows = T::kRows * T::kCluster;
+    return {(with.rows + kRows - 1) / kRows, (with.tokens + T::kTokens - 1) / T::kTokens, parts};
   }
   __host__ __device__ int count() const { return row_tiles * token_tiles * parts; }
 };
 
 struct TilePlace {
-  int row, token, part;  // where it begins; row and token in tiles
+  int row, token, part;  // where it begins; row in tiles of a cluster, token in tiles
   int slice, end_slice;  // of K, a stage each
 
   __device__ TilePlace(const TileOrder& order, int tile, int steps) {
@@ -66,17 +68,31 @@ struct Ring {
   }
 };
 
+// The turns of this block's cluster, and the block's tile of rows in one.
+template <class T>
+__device__ __forceinline__ int first_turn() {
+  return static_cast<int>(blockIdx.x) / T::kCluster;
+}
+template <class T>
+__device__ __forceinline__ int turns() {
+  return static_cast<int>(gridDim.x) / T::kCluster;
+}
+template <class T>
+__device__ __forceinline__ int row_tile(const TilePlace& place) {
+  return T::kCluster == 1 ? place.row : place.row * T::kCluster + static_cast<int>(cluster_rank());
+}
+
 // The loading thread: every stage of every tile of this block.
 template <class T>
 __device__ __forceinline__ void load_tiles(const GemmArguments& with, const TensorMap& map, const TileOrder& order) {
   const LinearWeight& weight = with.weight;
   Ring<T> ring{weight.widest};
-  for (int tile = static_cast<int>(blockIdx.x); tile < order.count(); tile += static_cast<int>(gridDim.x)) {
+  for (int tile = first_turn<T>(); tile < order.count(); tile += turns<T>()) {
     const TilePlace place(order, tile, weight.steps);
     int bits[T::kWorkers], first[T::kWorkers], bits_together = 0;
 #pragma unroll
     for (int worker = 0; worker < T::kWorkers; ++worker) {
-      const int group = place.row * T::kWorkers + worker;
+      const int group = row_tile<T>(place) * T::kWorkers + worker;
       bits[worker] = group < weight.group_count ? weight.groups[2 * group] : 0;
       first[worker] = group < weight.group_count ? weight.groups[2 * group + 1] : 0;
       bits_together += bits[worker];
@@ -86,7 +102,14 @@ __device__ __forceinline__ void load_tiles(const GemmArguments& with, const Tens
       // Of an odd last step's second half the tokens are zeros, the weights what lay there.
       const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
       mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
-      copy_box(ring.tokens(), map, step * kStepColumns, place.token * T::kTokens, ring.full());
+      if constexpr (T::kCluster > 1) {  // each block brings its share to all
+        constexpr int kShare = T::kTokens / T::kCluster;
+        const int its = static_cast<int>(cluster_rank()) * kShare;
+        copy_box(ring.tokens() + its * kTokenLine, map, step * kStepColumns, place.token * T::kTokens + its,
+                 ring.full(), (1u << T::kCluster) - 1);
+      } else {
+        copy_box(ring.tokens(), map, step * kStepColumns, place.token * T::kTokens, ring.full());
+      }
 #pragma unroll
       for (int worker = 0; worker < T::kWorkers; ++worker) {
         if (bits[worker] == 0) continue;
@@ -134,7 +157,11 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
       hold(acc);
     }
     sync_warp();
-    if (lane_index() == 0) mbarrier_arrive(ring.empty());
+    if constexpr (T::kCluster > 1) {  // what the other blocks bring lands here too
+      if (lane_index() < T::kCluster) mbarrier_arrive_at(ring.empty(), lane_index());
+    } else {
+      if (lane_index() == 0) mbarrier_arrive(ring.empty());
+    }
     ring.advance();
   }
 }
@@ -174,7 +201,7 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
   using S = WgmmaStaging<T, kElement>;
   const TilePlace place(order, tile, with.weight.steps);
   const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index()), crew = 32 * warp / T::kStoringThreads;
-  const int first_row = place.row * T::kRows + static_cast<int>(crew) * T::kStoredRows;
+  const int first_row = row_tile<T>(place) * T::kRows + static_cast<int>(crew) * T::kStoredRows;
   const int first_token = place.token * T::kTokens, shift = 8 - bits;
   unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens() + crew * wgmma_staged_bytes<T>();
   // Row lane / 4 of the warp's fragment of 16 is the layout's fragment 2 (warp % 4), row + 8 the next one.
@@ -218,35 +245,19 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
   }
 }
 
+// A worker warp: every tile of this block.
 template <Epilogue kKind, class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    wgmma_kernel(const GemmArguments with, VITQ_TENSOR_MAP map, const TileOrder order) {
-#if defined(VITQ_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const TileOrder& order) {
   Ring<T> ring{with.weight.widest};
-  if (threadIdx.x == 0) {
-    for (; ring.stage < T::kStages; ++ring.stage) {
-      mbarrier_init(ring.full(), 1);
-      mbarrier_init(ring.empty(), T::kWorkerThreads / 32);
-    }
-    fence_mbarrier_init();
-  }
-  ring.stage = 0;
-  VITQ_BARRIER();  // the barriers are initialised
-  if (threadIdx.x >= T::kWorkerThreads) {
-    give_registers<T::kLoaderRegisters>();
-    if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
-    return;
-  }
-  take_registers<T::kWorkerRegisters>();
   // Of two workers that store alone the second one begins when the last stage has been filled, which while the pipeline
   // fills is that many slices later: from then on one's way out and the other's products take turns.
   if (T::kStoredRows < T::kRows && warp_index() >= 4 &&
       TilePlace(order, 0, with.weight.steps).end_slice >= T::kStages) {
     delay_until(ring.full() + T::kStages - 1, 0);
   }
-  for (int tile = static_cast<int>(blockIdx.x); tile < order.count(); tile += static_cast<int>(gridDim.x)) {
+  for (int tile = first_turn<T>(); tile < order.count(); tile += turns<T>()) {
     const TilePlace place(order, tile, with.weight.steps);
-    const int group = place.row * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
+    const int group = row_tile<T>(place) * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
     const int bits = group < with.weight.group_count ? with.weight.groups[2 * group] : 0;
     int32_t acc[T::kTokens / 2] = {};
 #define VITQ_WIDTH(width)                        \
@@ -267,12 +278,46 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #undef VITQ_WIDTH
     store_tile<kKind, T>(with, acc, order, tile, bits);
   }
+}
+
+// No block ends while others still arrive at its barriers.
+template <class T>
+__device__ __forceinline__ void leave_cluster() {
+  if constexpr (T::kCluster > 1) VITQ_CLUSTER_BARRIER();
+}
+
+template <Epilogue kKind, class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    wgmma_kernel(const GemmArguments with, VITQ_TENSOR_MAP map, const TileOrder order) {
+#if defined(VITQ_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (threadIdx.x == 0) {
+    for (Ring<T> ring{with.weight.widest}; ring.stage < T::kStages; ++ring.stage) {
+      mbarrier_init(ring.full(), 1);
+      mbarrier_init(ring.empty(), T::kCluster * T::kWorkerThreads / 32);
+    }
+    fence_mbarrier_init();
+  }
+  // The barriers are initialised, in all blocks that arrive at them.
+  if constexpr (T::kCluster > 1) {
+    VITQ_CLUSTER_BARRIER();
+  } else {
+    VITQ_BARRIER();
+  }
+  if (threadIdx.x >= T::kWorkerThreads) {
+    give_registers<T::kLoaderRegisters>();
+    if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
+    leave_cluster<T>();
+    return;
+  }
+  take_registers<T::kWorkerRegisters>();
+  multiply_tiles<kKind, T>(with, order);
+  leave_cluster<T>();
 #else
   __trap();  // no wgmma before and after Hopper, nor in a build without sm_90a; ops/cuda does not ask for it there
 #endif
 }
 
-// Launches the kernel of a tile: one block an SM, which takes tiles in turn.
+// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster.
 template <Epilogue kKind, class T>
 void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
   const int bytes = wgmma_shared_bytes<T>(with.weight.widest);
@@ -280,20 +325,22 @@ void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream
   require(parts <= slices, "linear: parts must be in 1.." + std::to_string(slices) + ", got " + std::to_string(parts));
   const TileOrder order = TileOrder::of<T>(with, parts);
   require(int64_t{order.row_tiles} * order.token_tiles * parts < int64_t{1} << 30, "linear: too many tiles");
-  const int blocks = order.count() < sm_count() ? order.count() : sm_count();
+  const int clusters = sm_count() / T::kCluster, blocks = T::kCluster * std::min(order.count(), clusters);
   const auto kernel = &wgmma_kernel<kKind, T>;
   allow_shared_memory(kernel, bytes, "linear");  // first: a new thread has no context before a call of the runtime
-  const TensorMap map = token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens);
-  VITQ_LAUNCH(kernel, static_cast<unsigned>(blocks), T::kThreads, bytes, stream, with, map, order);
+  const TensorMap map =
+      token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kCluster);
+  VITQ_LAUNCH_CLUSTERS(kernel, T::kCluster, static_cast<unsigned>(blocks), T::kThreads, bytes, stream, with, map,
+                       order);
   check_launch("linear");
 }
 
 template <Epilogue kKind>
 void launch_wgmma(const GemmArguments& with, int tile, int parts, cudaStream_t stream);
 
-#define VITQ_WGMMA_CASE(index, workers, tokens, stages) \
-  case index:                                           \
-    return launch_wgmma_tile<kKind, WgmmaTile<workers, tokens, stages>>(with, parts, stream);
+#define VITQ_WGMMA_CASE(index, workers, tokens, stages, cluster) \
+  case index:                                                    \
+    return launch_wgmma_tile<kKind, WgmmaTile<workers, tokens, stages, cluster>>(with, parts, stream);
 
 // Defines launch_wgmma of one kind.
 #define VITQ_DEFINE_WGMMA(kind)                                                                  \

@@ -6,19 +6,20 @@
 
 namespace vitq {
 
-// Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages.
+// Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages, blocks
+// of a cluster, which lie one below the other and share tokens.
 #define VITQ_WGMMA_TILES(X) \
-  X(6, 2, 256, 4)           \
-  X(7, 4, 128, 3)           \
-  X(8, 2, 64, 4)
+  X(6, 2, 256, 4, 2)        \
+  X(7, 4, 128, 3, 1)        \
+  X(8, 2, 64, 4, 1)
 
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kStepsOfStage = 2;  // of 64 columns: the 128 bytes that the swizzle spans
 constexpr int kTokenLine = kStepsOfStage * kStepColumns;
 
-template <int kWorkers_, int kTokens_, int kStages_>
+template <int kWorkers_, int kTokens_, int kStages_, int kCluster_>
 struct WgmmaTile {
-  static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_;
+  static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kRows = kGroupRows * kWorkers;
   // The window of reordered rows is stored by all workers together; other tiles' workers store alone, so that one's way
   // out lies under the other's products. Of those that store together: rows and threads.
@@ -26,9 +27,9 @@ struct WgmmaTile {
   static constexpr int kStoringThreads = kWarpgroup * kStoredRows / kGroupRows;
   // One thread of the last warpgroup loads. A sub-partition of the SM has a quarter of the registers and a warp of each
   // warpgroup, so a kernel starts with 65536 / threads each; the loading warpgroup gives most of its own to the workers
-  // (setmaxnreg: 2 * 240 + 24 = 504 of 3 * 168, 4 * 112 + 24 = 472 of 5 * 96).
+  // (setmaxnreg: 2 * 232 + 40 = 504 of 3 * 168, 4 * 112 + 32 = 480 of 5 * 96).
   static constexpr int kThreads = kWarpgroup * (kWorkers + 1);
-  static constexpr int kLoaderRegisters = 24, kWorkerRegisters = kWorkers == 2 ? 240 : 112;
+  static constexpr int kLoaderRegisters = kWorkers == 2 ? 40 : 32, kWorkerRegisters = kWorkers == 2 ? 232 : 112;
   static constexpr int kWorkerThreads = kWarpgroup * kWorkers;
   static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
 };

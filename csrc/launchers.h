@@ -87,7 +87,8 @@ struct LinearWeight {
 // One row of the table of tiles.
 struct GemmTile {
   int rows, tokens, threads, stages, blocks;
-  bool wgmma;  // for sm_90a alone
+  bool wgmma;   // for sm_90a alone
+  int cluster;  // blocks, one below the other, that share tokens
 };
 constexpr int kGemmTiles = 9;
 GemmTile gemm_tile(int index);

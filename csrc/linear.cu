@@ -110,9 +110,9 @@ namespace {
 #define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks) \
   case index:                                                                   \
     return on_mma(Tile<row_warps, token_warps, fragments, stages, blocks>());
-#define VITQ_WGMMA_ROW(index, workers, tokens, stages) \
-  case index:                                          \
-    return on_wgmma(WgmmaTile<workers, tokens, stages>());
+#define VITQ_WGMMA_ROW(index, workers, tokens, stages, cluster) \
+  case index:                                                   \
+    return on_wgmma(WgmmaTile<workers, tokens, stages, cluster>());
 
 // Calls the function of its kind with a tile.
 template <class OnMma, class OnWgmma>
@@ -132,11 +132,11 @@ GemmTile gemm_tile(int index) {
       index,
       [](auto tile) {
         using T = decltype(tile);
-        return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, T::kBlocks, false};
+        return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, T::kBlocks, false, 1};
       },
       [](auto tile) {
         using T = decltype(tile);
-        return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, 1, true};
+        return GemmTile{T::kRows, T::kTokens, T::kThreads, T::kStages, 1, true, T::kCluster};
       });
 }
 

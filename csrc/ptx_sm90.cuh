@@ -16,6 +16,21 @@ namespace vitq {
 using TensorMap = CUtensorMap;
 #define VITQ_TENSOR_MAP const __grid_constant__ vitq::TensorMap
 
+// A launch of blocks in clusters.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, unsigned threads, size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t how{};
+  how.gridDim = grid, how.blockDim = dim3(threads), how.dynamicSmemBytes = shared_bytes, how.stream = stream;
+  how.attrs = &size, how.numAttrs = 1;
+  cudaLaunchKernelEx(&how, kernel, arguments...);  // an error is the last one too: check_launch
+}
+#define VITQ_LAUNCH_CLUSTERS(kernel, cluster, grid, threads, shared_bytes, stream, ...) \
+  vitq::launch_clusters(kernel, cluster, grid, threads, shared_bytes, stream, __VA_ARGS__)
+
 // 9.7.13.15 mbarrier: a phase is complete when all arrivals have come and all bytes that they announced.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -47,6 +62,28 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
 // The same where nothing but time depends on it.
 __device__ __forceinline__ void delay_until(uint64_t* barrier, unsigned parity) { mbarrier_wait(barrier, parity); }
 
+// Which block of its cluster this one is.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// 9.7.13.3 barrier.cluster: all threads of the cluster, whose memory accesses before it are then visible.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+#define VITQ_CLUSTER_BARRIER() vitq::cluster_barrier()
+
+// Arrives at the same barrier of another block of the cluster, or of this one.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // 9.7.13.1 barrier.sync of `threads` threads of the block, one of 16.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
@@ -68,6 +105,16 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(shared_address(shared)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same into the blocks of a mask, at the same place in each, completed at the same barrier of each.
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier,
+                                         unsigned blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 }
 

@@ -166,7 +166,7 @@ def test_every_layer_has_a_plan(cc: int, ordered: bool) -> None:
 
 
 def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
-    rows = [(t.rows, t.tokens, t.threads, t.stages, t.blocks, t.wgmma) for t in TILES]
+    rows = [(t.rows, t.tokens, t.threads, t.stages, t.blocks, t.wgmma, t.cluster) for t in TILES]
     assert module().gemm_tiles() == rows
     for number, tile in enumerate(TILES):
         for widest in range(2, 9):

@@ -27,7 +27,7 @@ def planted(emulated: BackendCase) -> Iterator[Any]:
 
 
 def test_every_wait_is_needed(planted: Any) -> None:
-    """The block's barrier, full and empty stages, and the two around what is staged."""
+    """The cluster's at the begin and the end, full and empty stages, and the two around what is staged."""
     # A block with two tiles, whose slices are more than the stages together but not alone: a worker may run into the
     # next one. Words, of which a tile is staged in four passes.
     codes = linear_case(RowGroups.uniform(200, 4), 300, 300)
@@ -35,7 +35,7 @@ def test_every_wait_is_needed(planted: Any) -> None:
     case = Case("linear_real", "words", given | {"out_dtype": torch.float32})
     with forced(Plan(WGMMA_TILES[0])):
         lines = barrier_lines(case)
-        assert len(lines) == 5
+        assert len(lines) == 6
         for line in lines:
             planted.plant(skipped_barrier=line)
             assert fails_under_some_seed(case), f"without the wait of line {line} the numbers are the same"

@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;  // the largest kernel's frame under the sanitizers, with room
 constexpr unsigned char kGarbage = 0xCD;
 
-enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kAtMbarrier, kDone };
+enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kAtClusterBarrier, kAtMbarrier, kDone };
 
 constexpr unsigned kWarpgroup = 128;
 constexpr unsigned kNamedBarriers = 16;
@@ -89,8 +89,9 @@ Stacks stacks;
 
 class Block {
  public:
-  Block(dim3 index, dim3 grid, unsigned count, size_t shared_bytes, const std::function<void()>& kernel)
+  Block(dim3 index, dim3 grid, unsigned count, size_t shared_bytes, const std::function<void()>& kernel, unsigned rank)
       : kernel_(kernel),
+        rank_(rank),
         threads_(count),
         shared_bytes_(shared_bytes),
         products_((count + kWarpgroup - 1) / kWarpgroup),
@@ -107,28 +108,32 @@ class Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  void run();
-  void stop_at(State state);  // of the running thread: hands over to the scheduler
+  void start();                 // its threads, as far as the scheduler lets them
+  bool run_warp(size_t first);  // as far as it can; false: it cannot
+  bool open_barrier();          // of the block, if all have reached it
+  void stop_at(State state);    // of the running thread: hands over to the scheduler
   void wait_at(unsigned barrier, unsigned threads);
   void meet(const char* name, void* operands, Execute execute, unsigned width);
-  void start_copy(Arrival arrival) { arrivals_.push_back(std::move(arrival)); }
   Products& products() { return products_[running_->indices.thread.x / kWarpgroup]; }
   bool late() const { return late_; }
 
   Thread& running() { return *running_; }
+  std::vector<Thread>& threads() { return threads_; }
+  unsigned rank() const { return rank_; }
   unsigned char* shared() { return shared_; }
   size_t shared_bytes() const { return shared_bytes_; }
+  bool contains(const void* address) const {
+    const auto* at = static_cast<const unsigned char*>(address);
+    return shared_ <= at && at < shared_ + shared_bytes_;
+  }
 
  private:
   static void enter();
-  void start(size_t index);
   void resume(Thread& thread);
-  void run_warp(size_t first, size_t last);
-  void deliver();       // one of the copies behind mbarriers
-  void open_barrier();  // of the block, which all have reached
   bool can_run(const Thread& thread) const;
 
   const std::function<void()>& kernel_;
+  unsigned rank_;
   std::vector<Thread> threads_;
   size_t shared_bytes_;
   unsigned char* shared_;
@@ -137,15 +142,28 @@ class Block {
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
   std::exception_ptr failure_;
-  std::vector<Arrival> arrivals_;
   std::vector<Products> products_;
   bool late_;  // whether wgmma computes at the wait
 };
 
+// The blocks that run together, and the one whose thread runs.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Arrival> arrivals;  // copies under way
+
+  void run();
+  void deliver();  // one of the copies
+  bool open_barriers();
+};
+Cluster* cluster = nullptr;
 Block* current = nullptr;
 
 Mbarrier& mbarrier_at(void* address) {
-  check_shared(address, sizeof(Mbarrier), "mbarrier");
+  const bool inside = std::any_of(cluster->blocks.begin(), cluster->blocks.end(),
+                                  [&](const auto& block) { return block->contains(address); });
+  if (!inside || reinterpret_cast<uintptr_t>(address) % sizeof(Mbarrier)) {
+    throw std::runtime_error("emulation: an mbarrier outside of shared memory");
+  }
   Mbarrier& barrier = *static_cast<Mbarrier*>(address);
   if (barrier.mark != Mbarrier::kMark) throw std::runtime_error("emulation: an mbarrier that is not initialised");
   return barrier;
@@ -187,17 +205,20 @@ void Block::enter() {
   swapcontext(&block->running_->context, &block->scheduler_);
 }
 
-void Block::start(size_t index) {
-  ucontext_t& context = threads_[index].context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = stacks.at(index);
-  context.uc_stack.ss_size = kStackBytes;
-  context.uc_link = nullptr;
-  makecontext(&context, &Block::enter, 0);
+void Block::start() {
+  for (size_t i = 0; i < threads_.size(); ++i) {
+    ucontext_t& context = threads_[i].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.at(rank_ * threads_.size() + i);
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::enter, 0);
+  }
 }
 
 void Block::resume(Thread& thread) {
   running_ = &thread;
+  current = this;
   void* fake = nullptr;
   before_switch(&fake, thread.context.uc_stack.ss_sp, kStackBytes);
   swapcontext(&scheduler_, &thread.context);
@@ -255,9 +276,11 @@ bool Block::can_run(const Thread& thread) const {
   return thread.state == State::kReady;
 }
 
-void Block::run_warp(size_t first, size_t last) {
+bool Block::run_warp(size_t first) {
+  const size_t last = std::min(first + kWarp, threads_.size());
   std::vector<Thread*> ready;
-  for (;;) {
+  bool ran = false;
+  for (;; ran = true) {
     ready.clear();
     for (size_t i = first; i < last; ++i) {
       if (can_run(threads_[i])) ready.push_back(&threads_[i]);
@@ -275,63 +298,83 @@ void Block::run_warp(size_t first, size_t last) {
       throw std::runtime_error(std::string("emulation: not all lanes of a warp arrive at ") + threads_[i].instruction);
     }
   }
+  return ran;
 }
 
-void Block::deliver() {
-  const size_t chosen = random_bits() % arrivals_.size();
-  const Arrival arrival = std::move(arrivals_[chosen]);
-  arrivals_.erase(arrivals_.begin() + static_cast<std::ptrdiff_t>(chosen));
-  arrival.copy();
-  complete(*static_cast<Mbarrier*>(arrival.barrier), 0, arrival.bytes);
+// Whether every thread that is not done stands there, and one does.
+bool all_at(const std::vector<Thread>& threads, State state) {
+  return std::all_of(threads.begin(), threads.end(),
+                     [&](const Thread& t) { return t.state == state || t.state == State::kDone; });
 }
+bool is_done(const std::vector<Thread>& threads) { return all_at(threads, State::kDone); }
 
-void Block::open_barrier() {
-  for (const Thread& thread : threads_) {
-    if (thread.state == State::kDone || thread.state == State::kAtBarrier) continue;
-    throw std::runtime_error(std::string("emulation: deadlock; thread ") + std::to_string(thread.indices.thread.x) +
-                             " waits " +
-                             (thread.state == State::kAtMbarrier       ? "for an mbarrier"
-                              : thread.state == State::kAtNamedBarrier ? "at a named barrier"
-                                                                       : thread.instruction));
-  }
+bool Block::open_barrier() {
+  if (is_done(threads_) || !all_at(threads_, State::kAtBarrier)) return false;
   for (Thread& thread : threads_) {
     if (thread.state == State::kAtBarrier) thread.state = State::kReady;
   }
+  return true;
 }
 
-void Block::run() {
-  for (size_t i = 0; i < threads_.size(); ++i) start(i);
-  std::vector<size_t> warps;
-  for (size_t first = 0; first < threads_.size(); first += kWarp) warps.push_back(first);
+void Cluster::deliver() {
+  const size_t chosen = random_bits() % arrivals.size();
+  const Arrival arrival = std::move(arrivals[chosen]);
+  arrivals.erase(arrivals.begin() + static_cast<std::ptrdiff_t>(chosen));
+  arrival.copy();
+  complete(mbarrier_at(arrival.barrier), 0, arrival.bytes);
+}
+
+bool Cluster::open_barriers() {
+  bool opened = false;
+  for (const auto& block : blocks) opened |= block->open_barrier();
+  const auto at_cluster = [](const auto& block) { return all_at(block->threads(), State::kAtClusterBarrier); };
+  if (opened || !std::all_of(blocks.begin(), blocks.end(), at_cluster)) return opened;
+  for (const auto& block : blocks) {
+    for (Thread& thread : block->threads()) {
+      if (thread.state == State::kAtClusterBarrier) thread.state = State::kReady;
+    }
+  }
+  return true;
+}
+
+void Cluster::run() {
+  std::vector<std::pair<Block*, size_t>> warps;
+  for (const auto& block : blocks) {
+    block->start();
+    for (size_t first = 0; first < block->threads().size(); first += kWarp) warps.emplace_back(block.get(), first);
+  }
   std::swap(warps[random_bits() % warps.size()], warps.back());
-  const auto done = [&] {
-    return std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::kDone; });
-  };
-  while (!done()) {
+  const auto done = [](const auto& block) { return is_done(block->threads()); };
+  while (!std::all_of(blocks.begin(), blocks.end(), done)) {
     // Warps run as far as they can, in random order, one of them only where no other can; then all of them stand at a
     // barrier, or are done.
     bool ran = false;
     std::shuffle(warps.begin(), warps.end() - 1, random_bits);
-    for (size_t first : warps) {
-      if (ran && first == warps.back()) break;
-      const size_t last = std::min(first + kWarp, threads_.size());
-      if (!std::any_of(threads_.begin() + static_cast<std::ptrdiff_t>(first),
-                       threads_.begin() + static_cast<std::ptrdiff_t>(last),
-                       [&](const Thread& thread) { return can_run(thread); })) {
-        continue;
+    for (const auto& [block, first] : warps) {
+      if (ran && warps.back() == std::make_pair(block, first)) break;
+      if (!arrivals.empty() && random_bits() % 8 == 0) {
+        deliver();
+        ran = true;
       }
-      if (!arrivals_.empty() && random_bits() % 4 == 0) deliver();
-      run_warp(first, last);
-      ran = true;
+      ran |= block->run_warp(first);
     }
     if (ran) continue;
-    if (arrivals_.empty()) {
-      open_barrier();
-    } else {
+    if (!arrivals.empty()) {
       deliver();
+    } else if (!open_barriers()) {
+      for (const auto& block : blocks) {
+        for (const Thread& thread : block->threads()) {
+          if (thread.state == State::kDone) continue;
+          throw std::runtime_error("emulation: deadlock; thread " + std::to_string(thread.indices.thread.x) +
+                                   " waits " +
+                                   (thread.state == State::kAtMbarrier     ? "for an mbarrier"
+                                    : thread.state == State::kAtCollective ? thread.instruction
+                                                                           : "at a barrier"));
+        }
+      }
     }
   }
-  if (!arrivals_.empty()) throw std::runtime_error("emulation: a block ends while copies into it are under way");
+  if (!arrivals.empty()) throw std::runtime_error("emulation: a block ends while copies into it are under way");
 }
 
 }  // namespace
@@ -358,20 +401,40 @@ void check_shared(const void* address, size_t bytes, const char* instruction) {
   }
 }
 
-void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  std::vector<dim3> blocks;
+void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel,
+            unsigned cluster_size) {
+  if (grid.x % cluster_size != 0) throw std::runtime_error("emulation: a grid that is no multiple of the cluster");
+  std::vector<dim3> first_blocks;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y, z);
+      for (unsigned x = 0; x < grid.x; x += cluster_size) first_blocks.emplace_back(x, y, z);
     }
   }
-  std::shuffle(blocks.begin(), blocks.end(), random_bits);
-  for (const dim3& index : blocks) {
-    Block block(index, grid, threads, shared_bytes, kernel);
-    current = &block;
-    block.run();
-    current = nullptr;
+  std::shuffle(first_blocks.begin(), first_blocks.end(), random_bits);
+  for (const dim3& first : first_blocks) {
+    Cluster together;
+    for (unsigned rank = 0; rank < cluster_size; ++rank) {
+      const dim3 index(first.x + rank, first.y, first.z);
+      together.blocks.push_back(std::make_unique<Block>(index, grid, threads, shared_bytes, kernel, rank));
+    }
+    cluster = &together;
+    together.run();
+    cluster = nullptr, current = nullptr;
   }
+}
+
+unsigned cluster_rank() { return current->rank(); }
+
+void* place_in_block(void* shared, unsigned rank) {
+  check_shared(shared, 1, "mapa");
+  if (is_done(cluster->blocks.at(rank)->threads()))
+    throw std::runtime_error("emulation: memory of a block that has ended");
+  return cluster->blocks[rank]->shared() + (static_cast<unsigned char*>(shared) - current->shared());
+}
+
+void cluster_barrier(int line) {
+  barrier_lines.insert(line);
+  if (line != planted.skipped_barrier) current->stop_at(State::kAtClusterBarrier);
 }
 
 void barrier(int line) {
@@ -410,7 +473,7 @@ void mbarrier_wait(int line, void* address, unsigned parity) {
 
 void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy) {
   mbarrier_at(barrier);
-  current->start_copy({barrier, bytes, std::move(copy)});
+  cluster->arrivals.push_back({barrier, bytes, std::move(copy)});
 }
 
 void issue_wgmma(std::function<void()> execute) {

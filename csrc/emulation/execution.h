@@ -1,6 +1,6 @@
 // The CUDA execution model on a CPU: what a kernel's source needs to compile with a host compiler, and what runs it.
 //
-// Every thread of a block is a fiber, blocks run one after another. A warp instruction (mma, ldmatrix, a shuffle) is
+// Every thread of a block is a fiber; blocks run one after another, those of a cluster together. A warp instruction (mma, ldmatrix, a shuffle) is
 // computed once all 32 lanes have arrived at it; lanes that never arrive are an error. The schedule is adversarial:
 // a warp, chosen at random, runs ahead until it must wait for a barrier, its lanes in random order; a missing
 // __syncthreads() then reads what another warp has not written yet. Round-robin scheduling lets it pass.
@@ -46,14 +46,21 @@ unsigned char* shared_memory_of_block();
 // Throws unless [address, address + bytes) lies in the block's shared memory, at a multiple of `bytes`.
 void check_shared(const void* address, size_t bytes, const char* instruction);
 
-// Runs `kernel` for every thread of the grid; throws std::runtime_error on divergence, deadlock and bad addresses.
-void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of the grid, `cluster` consecutive blocks together; throws std::runtime_error on
+// divergence, deadlock and bad addresses.
+void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel,
+            unsigned cluster = 1);
 
 // __syncthreads(); `line` names the place for plant().
 void barrier(int line);
 
 // A barrier of `threads` threads of the block, one of 16; `line` as above.
 void named_barrier(int line, int number, unsigned threads);
+// The barrier of all threads of a cluster.
+void cluster_barrier(int line);
+unsigned cluster_rank();  // of the running thread's block
+// The same place in the shared memory of another block of the cluster.
+void* place_in_block(void* shared, unsigned rank);
 
 // A warp instruction: `execute` runs once, with the operands that each lane gave. Of `width` threads: of a warpgroup.
 using Execute = void (*)(void* const operands[]);
@@ -65,7 +72,8 @@ void mbarrier_arrive(void* barrier, unsigned expected_bytes);
 // Until the phase of this parity is complete; `line` names the place for plant(), -1: the numbers do not depend on it.
 void mbarrier_wait(int line, void* barrier, unsigned parity);
 
-// A copy that completes its bytes at an mbarrier: `copy` runs when it arrives, the target is garbage until then.
+// A copy that completes its bytes at an mbarrier, of any block of the cluster: `copy` runs when it arrives, the target is
+// garbage until then.
 void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy);
 
 // wgmma of the running thread's warpgroup: `execute` computes it, now or at a wait that covers its group. Called once

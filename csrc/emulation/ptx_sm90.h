@@ -8,6 +8,7 @@
 
 #define VITQ_TENSOR_MAP const vitq::TensorMap
 #define VITQ_WAIT(barrier, parity) vitq::emulation::mbarrier_wait(__LINE__, barrier, parity)
+#define VITQ_CLUSTER_BARRIER() vitq::emulation::cluster_barrier(__LINE__)
 #define VITQ_NAMED_BARRIER(number, threads) vitq::emulation::named_barrier(__LINE__, number, threads)
 
 namespace vitq {
@@ -23,6 +24,10 @@ inline void fence_mbarrier_init() {}
 inline void delay_until(uint64_t* barrier, unsigned parity) { emulation::mbarrier_wait(-1, barrier, parity); }
 inline void mbarrier_expect(uint64_t* barrier, unsigned bytes) { emulation::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_arrive(uint64_t* barrier) { emulation::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
+  emulation::mbarrier_arrive(emulation::place_in_block(barrier, rank), 0);
+}
+inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 
 namespace emulation {
 
@@ -42,22 +47,30 @@ inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t
   emulation::copy_behind_barrier(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
 
-inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
-  unsigned char* base = emulation::shared_memory_of_block();
-  const auto first = static_cast<size_t>(static_cast<unsigned char*>(shared) - base);
+// The box into the blocks of a mask, at the same place in each, completed at the same barrier of each.
+inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier, unsigned blocks) {
+  const auto first = static_cast<size_t>(static_cast<unsigned char*>(shared) - emulation::shared_memory_of_block());
   const size_t bytes = static_cast<size_t>(map.box_columns) * static_cast<size_t>(map.box_rows);
   if (first % 1024 != 0) throw std::runtime_error("emulation: a swizzled box lies at a multiple of 1024 bytes");
-  std::memset(shared, emulation::kUnderWay, bytes);
-  emulation::copy_behind_barrier(barrier, static_cast<unsigned>(bytes), [=] {
-    for (int r = 0; r < map.box_rows; ++r) {
-      for (int c = 0; c < map.box_columns; ++c) {
-        const bool inside = row + r < map.rows && column + c < map.columns;
-        const size_t at = first + static_cast<size_t>(r * map.box_columns + c);
-        base[emulation::faults().no_swizzle ? at : emulation::swizzled(at)] =
-            inside ? map.data[(row + r) * map.stride + column + c] : 0;
+  for (unsigned rank = 0; blocks >> rank != 0; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    auto* target = static_cast<unsigned char*>(emulation::place_in_block(shared, rank));
+    unsigned char* base = target - first;
+    std::memset(target, emulation::kUnderWay, bytes);
+    emulation::copy_behind_barrier(emulation::place_in_block(barrier, rank), static_cast<unsigned>(bytes), [=] {
+      for (int r = 0; r < map.box_rows; ++r) {
+        for (int c = 0; c < map.box_columns; ++c) {
+          const bool inside = row + r < map.rows && column + c < map.columns;
+          const size_t at = first + static_cast<size_t>(r * map.box_columns + c);
+          const size_t place = emulation::faults().no_swizzle ? at : emulation::swizzled(at);
+          base[place] = inside ? map.data[(row + r) * map.stride + column + c] : 0;
+        }
       }
-    }
-  });
+    });
+  }
+}
+inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
+  copy_box(shared, map, column, row, barrier, 1u << emulation::cluster_rank());
 }
 
 template <int kRegisters>

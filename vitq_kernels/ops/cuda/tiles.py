@@ -53,10 +53,15 @@ class Tile:
     stages: int
     blocks: int  # an SM that the registers leave room for
     wgmma: bool = False  # Hopper's kernel
+    cluster: int = 1  # blocks, one below the other, that share tokens
 
     def step_bytes(self, widest: int) -> int:
         """Bytes of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
         return self.tokens * STEP_COLS + self.rows // GROUP_ROWS * widest * CHUNK_BYTES
+
+    def copied_bytes(self, widest: int) -> float:
+        """Bytes that a block asks of L2 for a step."""
+        return self.step_bytes(widest) - self.tokens * STEP_COLS * (1 - 1 / self.cluster)
 
     def shared_clocks(self, widest: int) -> float:
         """Clocks of shared memory of a step of wgmma: 128 bytes each, and 4 for each load of a warp's weights."""
@@ -80,7 +85,7 @@ TILES = (
     Tile(128, 64, 128, 4, 3),
     Tile(256, 32, 128, 4, 3),
     Tile(64, 64, 64, 4, 6),
-    Tile(128, 256, 384, 4, 1, wgmma=True),
+    Tile(128, 256, 384, 4, 1, wgmma=True, cluster=2),
     Tile(256, 128, 640, 3, 1, wgmma=True),
     Tile(128, 64, 384, 4, 1, wgmma=True),
 )
@@ -214,7 +219,7 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     products = arch.wgmma_products if tile.wgmma else arch.products * (2 if problem.native4 else 1)
     step = max(
         tile.rows * tile.tokens * STEP_COLS / (products * arch.reached),
-        tile.step_bytes(problem.widest) / arch.l2_bytes,
+        tile.copied_bytes(problem.widest) / arch.l2_bytes,
         tile.shared_clocks(problem.widest) if tile.wgmma else 0.0,
     )
     steps = -(-problem.steps // plan.parts)
@@ -223,7 +228,8 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     busy = steps * step + tile.rows * tile.tokens * scatter
     way_out = tile.rows * tile.tokens * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
     chain = FILL_CLOCKS + busy + way_out
-    blocks = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens) * plan.parts
+    row_blocks = -(-problem.rows // (tile.rows * tile.cluster)) * tile.cluster
+    blocks = row_blocks * -(-problem.tokens // tile.tokens) * plan.parts
     each_sm = -(-blocks // gpu.sms)
     resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
     clocks = max(math.ceil(each_sm / resident) * chain, each_sm * busy)
