@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vitq_kernels as vitq
+from benchmarks.device_stages import compare_backends
 from tests.command_line import run
 from vitq_kernels.images import eval_transform, load_folder
 
@@ -86,29 +87,10 @@ def test_narrow_widths_stay_near_the_float_model(
     assert result["mean_weight_bits"] == bits[0]
 
 
-def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What every module of the model gives."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> None:
-        model.get_submodule(name).register_forward_hook(lambda _, __, out: found.update({name: out}))
-
-    for name, _ in model.named_modules():
-        keep(name)
-    with torch.inference_mode():
-        model(images)
-    return found
-
-
-def test_backends_give_the_same_numbers_in_every_module(w8a8: Quantized) -> None:
-    with vitq.use_backend("cpu"):
-        cpu = outputs(vitq.load(w8a8.path), w8a8.images)
-    with vitq.use_backend("reference"):
-        reference = outputs(vitq.load(w8a8.path), w8a8.images)
-    assert sum(out.dtype == torch.int8 for out in cpu.values()) >= 12 * 4  # norm1, qkv, norm2 and fc1 of every block
-    assert cpu.keys() == reference.keys()
-    assert [name for name, out in cpu.items() if not torch.equal(out, reference[name])] == []
-    assert cpu[""].shape == (2, 1000)
+def test_the_cpu_backend_gives_the_numbers_of_the_reference_in_every_op(w8a8: Quantized) -> None:
+    rows = compare_backends(vitq.load(w8a8.path), w8a8.images, "cpu")
+    assert sum(row["calls"] for row in rows) >= 12 * 5  # norm1, qkv, attention, norm2 and fc1 of every block
+    assert [row for row in rows if not row["as_expected"]] == []
 
 
 def test_a_loaded_model_gives_the_same_logits(w8a8: Quantized) -> None:

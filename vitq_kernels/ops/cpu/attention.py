@@ -1,0 +1,123 @@
+"""Log2-quantized softmax attention on a CPU: two int8 GEMMs a head, the rest a few heads at a time in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitq_kernels.ops import reference
+from vitq_kernels.ops.cpu.primitives import (
+    ROUND_TO_INTEGER,
+    ROUND_TO_INTEGER_BITS,
+    addcmul_rounds_once,
+    matmul_into,
+    requantise_into,
+    tile_rows,
+)
+
+LEVEL_CENTRE = 128  # a level of 0..255 less this is an int8, which the GEMM takes
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What a head has, repeated for every image: [B * H, ...]."""
+
+    kappa: Tensor  # float32 [B * H, 1, 1]
+    place: Tensor  # int32 [B * H, 1, 1], where a head's levels begin in ``levels``
+    levels: Tensor  # int8 [H * 2^b], less LEVEL_CENTRE
+    count: int  # 2^b
+
+    @classmethod
+    def of(cls, kappa: Tensor, levels: Tensor, images: int) -> _Tables:
+        heads, count = levels.shape
+        place = torch.arange(0, heads * count, count, dtype=torch.int32)
+        centred = (levels.int() - LEVEL_CENTRE).to(torch.int8).flatten()
+        return cls(kappa.repeat(images)[:, None, None], place.repeat(images)[:, None, None], centred, count)
+
+    def codes(self, drop: Tensor, heads: slice) -> Tensor:
+        """``reference.attention_codes`` of ``-drop`` [G, S, S], each a place in ``levels``: int32."""
+        kappa, place = self.kappa[heads], self.place[heads]
+        if not addcmul_rounds_once():
+            steps = (drop.float().double() * -kappa.double()).round_().clamp_(max=self.count - 1)
+            return steps.int().add_(place)
+        # As in requantise_into. A head's first place is even, so that ties still go to even codes.
+        first = (place + ROUND_TO_INTEGER).float()
+        value = drop.float()
+        # One of the two factors as a row: torch is slow where both are one number a head.
+        torch.addcmul(first.expand(-1, 1, drop.shape[-1]).contiguous(), value, -kappa, out=value)
+        torch.minimum(value, first + (self.count - 1), out=value)
+        return value.view(torch.int32).sub_(ROUND_TO_INTEGER_BITS)
+
+    def normalised_codes(self, drop: Tensor, heads: slice, total: Tensor, inv_tau: Tensor) -> Tensor:
+        """``reference.attention_offset_codes`` likewise; ``total`` int32 [G, S, 1], ``inv_tau`` float32 [G]."""
+        offset = reference.attention_offset(total, self.largest(heads), inv_tau)
+        codes = reference.attention_offset_codes(drop.neg(), self.kappa[heads].flatten(), offset, self.count)
+        return codes.int().add_(self.place[heads])
+
+    def largest(self, heads: slice) -> Tensor:
+        """``levels[h, 0]`` as int32 [G, 1, 1]."""
+        return self.levels[self.place[heads].long()].int() + LEVEL_CENTRE
+
+    def probabilities(self, codes: Tensor) -> Tensor:
+        """Levels less LEVEL_CENTRE, int8, of places in ``levels``."""
+        # index_select of a vector is several times as fast as levels[codes].
+        return self.levels.index_select(0, codes.view(-1)).view(codes.shape)
+
+
+def _groups(images: int, heads: int, products: int, within_image: bool) -> Iterator[slice]:
+    """Heads, numbered over all images, a few at a time; ``products``: elements of a head's scores."""
+    size = tile_rows(products)
+    for start in range(0, images * heads, heads) if within_image else (0,):
+        stop = start + heads if within_image else images * heads
+        yield from (slice(low, min(low + size, stop)) for low in range(start, stop, size))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    levels: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor,
+    bias_q: Tensor | None,
+    inv_tau: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """``reference.attention``.
+
+    The GEMM takes int8, so it sums levels less LEVEL_CENTRE; LEVEL_CENTRE times the sum of v is added to its result. A
+    column of ones beside v gives the sum of levels.
+    """
+    b, h, s, d = q.shape
+    queries, keys = (t.reshape(b * h, s, d).contiguous() for t in (q, k))
+    values = torch.cat([v, torch.ones_like(v[..., :1])], -1).view(b * h, s, d + 1)
+    left_out = LEVEL_CENTRE * values.sum(1, keepdim=True, dtype=torch.int32)
+    tables = _Tables.of(kappa, levels, b)
+    scales, zeros = (t.repeat(b, 1)[:, None] for t in (multiplier, zero_point))
+    bias = None if bias_q is None else bias_q.expand(b, h, s, s)
+    taus = None if inv_tau is None else inv_tau.repeat(b)
+    out = torch.empty(b * h, s, d, dtype=torch.int8)
+    for heads in _groups(b, h, s * s, bias is not None):
+        count = heads.stop - heads.start
+        acc = torch.empty(count, s, s, dtype=torch.int32)
+        matmul_into(acc, queries[heads], keys[heads].mT)
+        if bias is not None:
+            first = heads.start % h
+            acc.add_(bias[heads.start // h, first : first + count])
+        drop = acc.sub_(acc.amax(-1, keepdim=True))  # minus the distance to the row's maximum
+        probability = tables.probabilities(tables.codes(drop, heads))
+        if taus is not None:
+            total = probability.sum(-1, keepdim=True, dtype=torch.int32) + LEVEL_CENTRE * s
+            probability = tables.probabilities(tables.normalised_codes(drop, heads, total, taus[heads]))
+        product = torch.empty(count, s, d + 1, dtype=torch.int32)
+        matmul_into(product, probability, values[heads])
+        product.add_(left_out[heads])
+        total = (product[..., d:] if taus is None else tables.largest(heads)).float()
+        scale = scales[heads] * (torch.ones_like(total) / total)
+        output = product[..., :d].float()
+        requantise_into(out[heads], output, scale, zeros[heads], bits, output)
+    return out.view(b, h, s, d).transpose(1, 2).flatten(2)

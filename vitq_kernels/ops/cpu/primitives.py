@@ -1,0 +1,90 @@
+"""What the ``cpu`` backend's ops share: exact integer GEMMs, one rounding in float32, tiles that stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vitq_kernels.ops import reference
+from vitq_kernels.spec import QuantFormat
+
+# 1.5 * 2^23: a float32 from 2^23 to 2^24 is an integer, and the low bits of its word are that integer's.
+ROUND_TO_INTEGER = 12582912
+ROUND_TO_INTEGER_BITS = 0x4B400000
+# Measured at ViT-Tiny to -Base on one and two threads: less repeats the packing of operands, more leaves the cache.
+TILE_ELEMENTS = 1 << 18  # a thread
+# Products of a pair of matrices from which one call of the int8 GEMM a pair is faster than a float matmul of all pairs.
+FEWEST_PRODUCTS = 1 << 19
+
+
+@cache
+def int_mm_is_exact() -> bool:
+    """Whether ``torch._int_mm`` is: on x86 without VNNI oneDNN adds pairs of products in saturating int16."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 127 * 127 * 64).all())
+
+
+@cache
+def addcmul_rounds_once() -> bool:
+    """Whether ``torch.addcmul`` in float32 is a fused multiply-add: compilers make it one where the CPU has it."""
+    # The product is 0.5 + 2^-47: one rounding of the sum goes up, but the product alone rounds to 0.5, and that tie
+    # goes down. 67 columns are whole vectors and a rest; the factor is a vector, or one number a row.
+    shift, product = torch.full((67,), float(ROUND_TO_INTEGER)), torch.full((3, 67), 8392705.0)
+    factor = torch.full((67,), 8384513 * 2.0**-47)
+    sums = (torch.addcmul(shift, product, f) for f in (factor, factor[:3, None], factor.expand(3, 67)))
+    return all(bool((t == ROUND_TO_INTEGER + 1).all()) for t in sums)
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """int8 ``a @ b`` in float32 where every partial sum is at most 2^24, else in float64: exact either way."""
+    dtype = torch.float32 if a.shape[-1] * 128 * 128 <= 1 << 24 else torch.float64
+    return a.to(dtype) @ b.to(dtype)
+
+
+def matmul_into(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """int8 [I, K] by [K, J] to int32 ``acc`` [I, J], or [G, ...] a matrix each; exact."""
+    if not int_mm_is_exact() or (a.dim() == 3 and a[0].numel() * b.shape[-1] < FEWEST_PRODUCTS):
+        acc.copy_(exact_matmul(a, b))
+    elif a.dim() == 2:
+        torch._int_mm(a, b, out=acc)
+    else:
+        for into, left, right in zip(acc, a, b, strict=True):
+            torch._int_mm(left, right, out=into)
+
+
+def requantise_into(
+    out: Tensor, value: Tensor, multiplier: Tensor, zero_point: Tensor, bits: int, scratch: Tensor
+) -> None:
+    """``reference.requantise`` of float32 ``value`` [..., C] into int8 ``out``.
+
+    As a GPU does it: ``t = fma(value, m, 1.5 * 2^23 + z)`` clamped, and the low byte of its word.
+
+    Args:
+        out: any strides.
+        value: float32.
+        multiplier: float32, broadcasts.
+        zero_point: int32, broadcasts; best with C its last dim: torch is slow where both factors are one number a row.
+        bits: 2..8.
+        scratch: float32, contiguous in its last dim, of the value's shape; the value itself will do.
+    """
+    if not addcmul_rounds_once():
+        out.copy_(reference.requantise(value, multiplier, zero_point, bits))
+        return
+    fmt = QuantFormat(bits)
+    shift = (zero_point + ROUND_TO_INTEGER).float()  # exact: at most 2^24
+    torch.addcmul(shift, value, multiplier, out=scratch)
+    scratch.clamp_(ROUND_TO_INTEGER + fmt.qmin, ROUND_TO_INTEGER + fmt.qmax)
+    out.copy_(scratch.view(torch.int32))
+
+
+def tile_rows(columns: int) -> int:
+    """Rows of so many columns that the threads work on at a time."""
+    return max(1, TILE_ELEMENTS * torch.get_num_threads() // max(1, columns))
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """``range(count)`` in pieces of ``size`` and a rest."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
