@@ -57,10 +57,10 @@ class Stage:
 # Together they fit into one call; what one leaves goes to those after it.
 STAGES = (
     Stage("environment", "benchmarks.device_stages:environment", 15),
-    Stage("ceilings", "benchmarks.ceilings:ceilings", 20),
-    Stage("tests", "benchmarks.device_stages:run_tests", 110),
+    Stage("ceilings", "benchmarks.ceilings:ceilings", 30),
+    Stage("tests", "benchmarks.device_stages:run_tests", 105),
     Stage("end_to_end", "benchmarks.device_stages:end_to_end", 35),
-    Stage("triton_correctness", "benchmarks.kernel_stages:triton_correctness", 75),
+    Stage("triton_correctness", "benchmarks.kernel_stages:triton_correctness", 70),
     Stage("triton_microbenchmarks", "benchmarks.kernel_stages:triton_microbenchmarks", 75),
     Stage("cuda_correctness", "benchmarks.kernel_stages:cuda_correctness", 35),
     Stage("cuda_microbenchmarks", "benchmarks.kernel_stages:cuda_microbenchmarks", 55),

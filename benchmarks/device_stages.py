@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Batch = tuple[Tensor, Tensor | None]
 
 DRY_TESTS = ("tests/test_config.py",)  # of a dry run
+MOST_WORKERS = 12  # of the tests; each has a GPU context of about 0.5 GB
 SETTLE_S = 20.0  # pytest gets this long to write its report after an interrupt
 CALIBRATION_IMAGES = 64  # as the README's numbers are made: 64 by seed 0
 DRY_CALIBRATION_IMAGES = 8
@@ -89,7 +90,7 @@ def run_tests(run: StageRun) -> None:
         check_tests(run, ["-p", "no:xdist", *DRY_TESTS])
         return
     selection = ["--require-cuda"] if torch.cuda.is_available() else ["-m", "not slow"]
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") and workers > 1:
         selection += ["-n", str(workers)]
     if run.assets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.model_stages import (
     TINY,
     Comparison,
     Job,
+    Pairs,
     kernel_profiles,
     over_fp16,
     peaks_here,
@@ -47,9 +49,9 @@ def keep_as(tmp_path: Path, stage: str, data: dict[str, Any]) -> None:
 def test_the_most_valuable_jobs_come_first() -> None:
     jobs = plan(["cuda", "triton"])
     assert len(set(jobs)) == len(jobs)
-    assert [job.batch for job in jobs[:8]] == [64, 8, 1, 256] * 2
+    assert [job.batch for job in jobs[:8]] == [64, 64, 8, 1, 256, 8, 1, 256]
     assert {(job.model, job.backend) for job in jobs[:8]} == {("ViT-B", "cuda")}
-    assert [job.kind for job in jobs[:8]] == [EAGER] * 4 + ["compiled"] * 4
+    assert [job.kind for job in jobs[:8]] == [EAGER, "compiled"] + [EAGER] * 3 + ["compiled"] * 3
     assert {job.backend for job in jobs[8:12]} == {"triton"}
     assert {job.model for job in jobs} == {"ViT-B", "ViT-S", "ViT-T", "ViT-L"}
     everything = {str(Candidate.parse(name)) for names in KINDS.values() for name in names}
@@ -163,6 +165,34 @@ def test_they_need_a_gpu(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotRun, match=r"^no GPU$"):
         stage(stage_run(tmp_path))
+
+
+def test_without_a_backend_of_ours_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model_stages, "kernel_backends", lambda run: [])
+    with pytest.raises(NotRun, match=r"^neither backend of our kernels runs on this GPU$"):
+        whole_models(stage_run(tmp_path))
+
+
+def test_copies_of_a_block_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, model = Pairs().get(TINY)
+    weights = [block.attn.qkv.weight_packed for block in quantized.blocks]
+    assert len(weights) == len(model.blocks) == 2
+    assert weights[0].data_ptr() != weights[1].data_ptr()
+    assert torch.equal(*weights)
+    with torch.no_grad():
+        logits = quantized(torch.randn(3, 3, 16, 16))
+    assert logits.shape == (3, 4)
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    made: list[str] = []
+    monkeypatch.setattr(model_stages, "float_vit", lambda name, **_: made.append(name) or model)
+    monkeypatch.setattr(model_stages, "quantized", lambda *_: copy.deepcopy(quantized))
+    pairs = Pairs()
+    for name in ("ViT-B", "ViT-B", "ViT-S"):
+        pairs.get(name)
+    assert made == ["ViT-B"] * 2 + ["ViT-S"] * 2
+    assert list(pairs.made) == ["ViT-S"]  # one at a time
 
 
 def test_speedups_are_drawn_where_there_are_some(tmp_path: Path) -> None:
