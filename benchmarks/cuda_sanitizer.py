@@ -43,10 +43,17 @@ sys.exit(main(label, int(each), float(seconds), files))
 def cuda_sanitizer(run: StageRun) -> None:
     """memcheck and racecheck over small cases on the GPU."""
     need_cuda_backend(run)
+    files = [ROOT / "tests" / name for name in TESTS]
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise CheckFailed(f"no {', '.join(missing)}")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA_BIN)
+    if run.dry_run:
+        commands = [f"{program or 'compute-sanitizer'} --tool {tool} {' '.join(OPTIONS)}" for tool in TOOLS]
+        run.keep(would_run=[f"{command} python: {EACH} each of {', '.join(TESTS)}" for command in commands])
+        return
     if program is None:
         raise NotRun(f"no compute-sanitizer in PATH or {CUDA_BIN}")
-    sanitize(run, program, "cuda", EACH, [str(ROOT / "tests" / name) for name in TESTS])
+    sanitize(run, program, "cuda", EACH, list(map(str, files)))
 
 
 def sanitize(run: StageRun, program: str, label: str, each: int, files: Sequence[str]) -> None:

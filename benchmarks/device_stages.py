@@ -13,6 +13,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
     Batch = tuple[Tensor, Tensor | None]
 
+DRY_TESTS = ("tests/test_config.py",)  # of a dry run
+MOST_WORKERS = 12  # of the tests; each has a GPU context of about 0.5 GB
 SETTLE_S = 20.0  # pytest gets this long to write its report after an interrupt
 CALIBRATION_IMAGES = 64  # as the README's numbers are made: 64 by seed 0
+DRY_CALIBRATION_IMAGES = 8
 BATCH = 50
 RESERVE_S = 15.0  # left to end_to_end when it stops taking batches
 MEAN = STD = (0.5, 0.5, 0.5)  # of the augreg ViT-Tiny
@@ -81,8 +85,12 @@ def run_tests(run: StageRun) -> None:
     """The test suite: whole and with --require-cuda on a GPU, without the slow tests elsewhere."""
     import torch
 
+    if run.dry_run:
+        run.keep(on_a_gpu="pytest --require-cuda, all of tests/")
+        check_tests(run, ["-p", "no:xdist", *DRY_TESTS])
+        return
     selection = ["--require-cuda"] if torch.cuda.is_available() else ["-m", "not slow"]
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") and workers > 1:
         selection += ["-n", str(workers)]
     if run.assets:
@@ -138,30 +146,28 @@ def _failures(suite: ElementTree.Element, most: int = 20) -> list[dict[str, str]
 
 
 def end_to_end(run: StageRun) -> None:
-    """The real ViT-Tiny: float against W8A8 on the device, and the same integers from two backends."""
-    if run.assets is None:
-        raise NotRun("no assets: give --assets or set VITQ_ASSETS")
-    import timm
+    """The real ViT-Tiny: float against W8A8 on the device, and the same integers from two backends.
+
+    In a dry run a ViT that comes with the package, and whether the assets are complete if there are any.
+    """
     import torch
-    from safetensors.torch import load_file
 
     import vitq_kernels as vitq
-    from vitq_kernels.images import ImageFolder, eval_transform, load_folder
     from vitq_kernels.ops.backends import chosen_backend
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = next(run.assets.glob("vit_tiny_patch16_224*.safetensors"))
-    model = timm.create_model("vit_tiny_patch16_224").eval()
-    model.load_state_dict(load_file(checkpoint))
-    transform = eval_transform(model, mean=MEAN, std=STD)
-    calibration, _ = load_folder(run.assets / "calibration", transform, limit=CALIBRATION_IMAGES, seed=0)
-    folder = ImageFolder.scan(run.assets / "evaluation")
-    run.keep(device=device, model=checkpoint.name, calibration_images=len(calibration))
+    given = real_images(run.assets) if run.assets is not None else None
+    if run.dry_run:
+        run.keep(assets="none" if given is None else f"{given.name}, {given.count} images")
+        given = digits_images_of_the_package()
+    if given is None:
+        raise NotRun("no assets: give --assets or set VITQ_ASSETS")
+    device, model = "cuda" if torch.cuda.is_available() else "cpu", given.model
+    run.keep(device=device, model=given.name, calibration_images=len(given.calibration))
 
     start = time.perf_counter()
-    quantized = vitq.quantize(model, calibration)  # uniform W8A8, on the CPU
+    quantized = vitq.quantize(model, given.calibration)  # uniform W8A8, on the CPU
     run.keep(widths="W8A8", quantize_s=round(time.perf_counter() - start, 1))
-    first = folder.batches(transform, BATCH)[0]
+    first = given.batches[0]
     rows = compare_backends(quantized, first[0][:2], device)
     run.keep(compared_backends=f"cpu on cpu, reference on {device}: 2 images", int8_outputs=rows)
 
@@ -169,11 +175,46 @@ def end_to_end(run: StageRun) -> None:
     vitq.evaluate(quantized, [first], float_model=model)  # warm-up
     run.keep(backend=chosen_backend("linear_codes", device).name, batch=BATCH)
     run.keep(float_images_per_s=vitq.evaluate(model, [first] * 3).images_per_s)
-    batches = in_time(run, folder.batches(transform, BATCH))
-    found = vitq.evaluate(quantized, batches, float_model=model).to_dict()
-    run.keep(evaluation_images=len(folder.files), **found)
+    found = vitq.evaluate(quantized, in_time(run, given.batches), float_model=model).to_dict()
+    run.keep(evaluation_images=given.count, **found)
     if wrong := [row["op"] for row in rows if not row["as_expected"]]:
         raise CheckFailed(f"reference on {device} and cpu give other integers in {', '.join(wrong)}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A model and its images."""
+
+    name: str
+    model: nn.Module
+    calibration: Tensor
+    batches: Sequence[Batch]
+    count: int  # images of the batches
+
+
+def real_images(assets: Path) -> Images:
+    """The real ViT-Tiny and its images; StopIteration or an error that names a file where they are not complete."""
+    import timm
+    from safetensors.torch import load_file
+
+    from vitq_kernels.images import ImageFolder, eval_transform, load_folder
+
+    checkpoint = next(assets.glob("vit_tiny_patch16_224*.safetensors"))
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    model.load_state_dict(load_file(checkpoint))
+    transform = eval_transform(model, mean=MEAN, std=STD)
+    calibration, _ = load_folder(assets / "calibration", transform, limit=CALIBRATION_IMAGES, seed=0)
+    folder = ImageFolder.scan(assets / "evaluation")
+    return Images(checkpoint.name, model, calibration, folder.batches(transform, BATCH), len(folder.files))
+
+
+def digits_images_of_the_package() -> Images:
+    """The ViT of ``vitq demo`` and two batches."""
+    from vitq_kernels.data import digits_images, load_digits_vit
+
+    (calibration, _), (images, labels) = digits_images("calibration"), digits_images("test")
+    batches = [(images[i : i + BATCH], labels[i : i + BATCH]) for i in (0, BATCH)]
+    return Images("digits", load_digits_vit(), calibration[:DRY_CALIBRATION_IMAGES], batches, 2 * BATCH)
 
 
 def in_time(run: StageRun, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -17,9 +17,10 @@ from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend, Problem, Tile
 from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase
 from benchmarks.kernel_targets import FOUR_BIT, four_bit, tile_choice
-from benchmarks.microbench import Peaks, Row, Timer, Timing, rotated, speedups
+from benchmarks.microbench import Row, Timer, Timing, rotated, select, speedups
 from benchmarks.row_cases import RowCase
 from vitq_kernels.ops import use_backend
+from vitq_kernels.roofline import Peaks
 
 TOKENS, CHANNELS, HEADS = 197, 768, 12  # ViT-B/16-224
 BATCHES = (64, 8, 1)  # the most valuable first
@@ -124,9 +125,10 @@ class Bench:
 
     def keep(self) -> None:
         """Keeps the rows and what follows from them."""
-        w4a4 = four_bit(self.rows)
+        w4a4, targets = four_bit(self.rows), self.backend.targets(self.rows, self.gpu)
         self.run.keep(
-            targets=self.backend.targets(self.rows, self.gpu),
+            headline=f"{len(select(targets, result='met'))} of {len(targets)} targets met",
+            targets=targets,
             speedups=speedups(self.rows),
             tile_choice=tile_choice(self.tile_rows),
             **({"four_bit": w4a4} if w4a4 else {}),

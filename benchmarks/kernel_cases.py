@@ -27,9 +27,9 @@ from benchmarks.baselines import (
 from benchmarks.built_case import Built
 from benchmarks.kernel_backend import Layer
 from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
-from benchmarks.microbench import Work
 from benchmarks.row_cases import SEED, PatchCase, RowCase
 from vitq_kernels.packing import pack_weight, unpack_weight
+from vitq_kernels.roofline import Work
 from vitq_kernels.spec import QuantFormat, RowGroups
 
 MIXED = (6, 3, 4)  # widths of a mixed layer's windows, in turn; the widest first

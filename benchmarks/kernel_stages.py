@@ -23,21 +23,26 @@ if TYPE_CHECKING:
     from benchmarks.microbench import Row
 
 MOST_WORKERS = 10  # processes that compile; each has a GPU context of about 0.5 GB
+WARM_SIZE = 8192  # of square products
 COMPILE_PART = 0.45  # of the time of the microbenchmarks goes to compiling beforehand, at most
 
 
-def need_gpu() -> None:
-    """Raises NotRun where torch sees no GPU."""
+def need_gpu(run: StageRun) -> None:
+    """Raises NotRun where torch sees no GPU and it is no dry run."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not run.dry_run and not torch.cuda.is_available():
         raise NotRun("no GPU")
 
 
 def need_cuda_backend(run: StageRun) -> None:
     """Raises NotRun where the CUDA backend does not run on the GPU; keeps how it was built."""
-    need_gpu()
+    need_gpu(run)
     from vitq_kernels.ops import cuda
+
+    if run.dry_run:
+        run.keep(on_a_gpu=f"needs vitq_kernels._cuda; here: {cuda.state()}")
+        return
 
     reason = cuda.unavailable("cuda")
     if reason:
@@ -47,7 +52,7 @@ def need_cuda_backend(run: StageRun) -> None:
 
 def triton_correctness(run: StageRun) -> None:
     """Every case of the tests, every tile, a stream, a graph and real sizes, on the GPU."""
-    need_gpu()
+    need_gpu(run)
     from benchmarks.triton_backend import TRITON
 
     correctness(run, TRITON)
@@ -55,7 +60,7 @@ def triton_correctness(run: StageRun) -> None:
 
 def triton_microbenchmarks(run: StageRun) -> None:
     """Times of the Triton kernels at ViT-B/16's sizes beside cuBLAS, SDPA and torch's own ops."""
-    need_gpu()
+    need_gpu(run)
     import triton
 
     from benchmarks.triton_backend import TRITON
@@ -83,19 +88,44 @@ def cuda_microbenchmarks(run: StageRun) -> None:
         run.keep(over_triton=over_triton(run.data.get("rows", []), kept_rows(run, "triton_microbenchmarks")))
 
 
-def kept_rows(run: StageRun, stage: str) -> list[Row]:
-    """What an earlier stage of the same ``device.json`` has measured."""
+def kernel_backends(run: StageRun) -> list[KernelBackend]:
+    """Those of our own kernels that run on the GPU, the hand-written one first; in a dry run its stand-in."""
+    from benchmarks.cuda_backend import CUDA
+    from benchmarks.triton_backend import TRITON
+    from vitq_kernels.ops.backends import BACKENDS
+
+    if run.dry_run:
+        from benchmarks.dry_run import stand_in
+
+        return [stand_in(CUDA)]
+    return [b for b in (CUDA, TRITON) if BACKENDS[b.name].why_not("linear_codes", "cuda") is None]
+
+
+def kept_data(run: StageRun, stage: str) -> dict[str, Any]:
+    """What a stage of the same ``device.json`` has kept, in this call or an earlier one."""
     try:
         kept = json.loads((run.path.parent / "device.json").read_text(encoding="utf-8"))["stages"]
     except FileNotFoundError:
-        return []
-    found: list[Row] = kept.get(stage, {}).get("data", {}).get("rows", [])
+        return {}
+    found: dict[str, Any] = kept.get(stage, {}).get("data", {})
+    return found
+
+
+def kept_rows(run: StageRun, stage: str) -> list[Row]:
+    """What a stage has measured."""
+    found: list[Row] = kept_data(run, stage).get("rows", [])
     return found
 
 
 def correctness(run: StageRun, backend: KernelBackend) -> None:
     """Checks a backend on the GPU."""
     from benchmarks.kernel_checks import Checks
+
+    if run.dry_run:
+        from benchmarks.dry_run import dry_correctness
+
+        dry_correctness(run, backend)
+        return
 
     def spread(function: Callable[[Any], str], tasks: Sequence[Any], reserve_s: float) -> Iterator[tuple[Any, str]]:
         return in_processes(function, tasks, run.left_s - reserve_s)
@@ -105,10 +135,18 @@ def correctness(run: StageRun, backend: KernelBackend) -> None:
 
 def microbenchmarks(run: StageRun, backend: KernelBackend, **versions: str) -> None:
     """Times a backend's kernels on the GPU."""
+    if run.dry_run:
+        from benchmarks.dry_run import dry_microbenchmarks
+
+        dry_microbenchmarks(run, backend)
+        return
     import torch
 
+    from benchmarks.ceilings import products
+    from benchmarks.device_plots import speedups_plot
     from benchmarks.kernel_bench import Bench, compile_one, compile_tasks, plan, tile_plan
-    from benchmarks.microbench import REPLAYS, GraphTimer, ceilings, clocks, peaks_of
+    from benchmarks.microbench import REPLAYS, GraphTimer, clocks
+    from vitq_kernels.roofline import peaks_of
 
     properties = torch.cuda.get_device_properties(0)
     peaks = peaks_of(properties.name)
@@ -131,13 +169,16 @@ def microbenchmarks(run: StageRun, backend: KernelBackend, **versions: str) -> N
         run.keep(compile_s=round(time.monotonic() - start, 1), compile_failures=failures[:5])
 
     timer = GraphTimer()
-    ceilings(timer, "cuda")  # about a second of work: an idle GPU has low clocks
-    run.keep(clocks_before=clocks(), ceilings=ceilings(timer, "cuda"))
+    for product in products("cuda", WARM_SIZE):  # about a second of work: an idle GPU has low clocks
+        product.row(timer)
+    run.keep(clocks_before=clocks())
     bench = Bench(run, backend, "cuda", timer, peaks, properties.L2_cache_size)
     try:
         bench.measure(cases, tiled)
     finally:
-        run.keep(clocks_after=clocks())
+        means = run.data.get("speedups", [])
+        plots = speedups_plot(means, f"{backend.name}_microbenchmarks", run.path.parent)
+        run.keep(clocks_after=clocks(), plots=plots)
 
 
 def in_processes(

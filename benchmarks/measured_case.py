@@ -16,8 +16,9 @@ from benchmarks.clock_timer import ClockTimer
 from benchmarks.device_check import query_gpu
 from benchmarks.device_stages import cpu_name
 from benchmarks.kernel_cases import AnyCase
-from benchmarks.microbench import GraphTimer, Peaks, Timer, peaks_of, rotated
+from benchmarks.microbench import GraphTimer, Timer, rotated
 from vitq_kernels.ops import use_backend
+from vitq_kernels.roofline import Peaks, peaks_of
 
 
 class WrongKernelError(AssertionError):

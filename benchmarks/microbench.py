@@ -8,7 +8,6 @@ a GPU: events around single calls would measure Triton's launcher, so a CUDA gra
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import subprocess
 from collections import deque
@@ -157,58 +156,6 @@ def rotated(function: Callable[..., object], arguments: Sequence[Any], l2_bytes:
     return [lambda given=given: function(*given) for given in copies]
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """Of a GPU, dense, by its datasheet."""
-
-    int8_tops: float
-    f16_tops: float
-    gbps: float
-
-
-# By a name of nvidia-smi. Other variants of these chips (PCIe, NVL, 40 GB, GH200) have other numbers: none, not wrong.
-PEAKS = (
-    (r"H200$", Peaks(1979, 989, 4800)),
-    (r"H100 80GB HBM3$", Peaks(1979, 989, 3350)),
-    (r"A100.*80GB", Peaks(624, 312, 2000)),
-)
-
-
-def peaks_of(gpu: str) -> Peaks | None:
-    """The peaks of a GPU by its name, None where they are not known here."""
-    found = (peaks for pattern, peaks in PEAKS if re.search(rf"\b{pattern}", gpu))
-    return next(found, None)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a call does; a rate in TOPS where it multiplies matrices, else in GB/s."""
-
-    int8_ops: float = 0.0
-    f16_ops: float = 0.0
-    bytes: float = 0.0
-    int4_ops: float = 0.0  # at twice the int8 peak, on GPUs that have 4-bit products
-
-    def rates(self, us: float, peaks: Peaks | None) -> Row:
-        """``tops`` or ``gbps``, and the part of the time that the peak rates would need."""
-        ops = self.int4_ops + self.int8_ops + self.f16_ops
-        rate = {"tops": ops / us / 1e6} if ops else {"gbps": self.bytes / us / 1e3}
-        if peaks is None:
-            return {**rate, "pct_of_peak": None}
-        floor_us = self.ops_us(peaks) if ops else self.bytes / peaks.gbps / 1e3
-        return {**rate, "pct_of_peak": 100 * floor_us / us}
-
-    def ops_us(self, peaks: Peaks) -> float:
-        """Microseconds that the products need at the peak rates."""
-        int8_ops = self.int8_ops + self.int4_ops / 2
-        return (int8_ops / peaks.int8_tops + self.f16_ops / peaks.f16_tops) / 1e6
-
-    def pct_of_roofline(self, us: float, peaks: Peaks, from_memory: bool) -> float | None:
-        """Part of the time that the slower of products and, if they come from memory, bytes need at the peak rates."""
-        floor_us = max(self.ops_us(peaks), self.bytes / peaks.gbps / 1e3 if from_memory else 0.0)
-        return 100 * floor_us / us if floor_us else None
-
-
 def geometric_mean(values: Sequence[float]) -> float | None:
     """None of nothing."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
@@ -239,29 +186,6 @@ def target(name: str, value: float | None, bound: float, at_least: bool) -> Row:
     """A line of the table of targets."""
     met = "not measured" if value is None else "met" if (value >= bound if at_least else value <= bound) else "not met"
     return {"target": name, "bound": f"{'>=' if at_least else '<='} {bound}", "measured": value, "result": met}
-
-
-def ceilings(timer: Timer, device: str, size: int = 8192, copied_bytes: int = 1 << 30) -> list[Row]:
-    """What this machine reaches at best: large products and copies, and the least time of a kernel in a graph."""
-    x = torch.randn(size, size, device=device).to(torch.bfloat16)
-    a = torch.randint(-128, 128, (size, size), dtype=torch.int8, device=device)
-    source = torch.zeros(copied_bytes, dtype=torch.uint8, device=device)
-    target, one = torch.empty_like(source), torch.zeros(1, device=device)
-    calls: dict[str, tuple[Call, float, str]] = {
-        f"bf16 {size}^3, random": (lambda: x @ x, 2e-6 * size**3, "TOPS"),
-        f"_int_mm {size}^3, uniform codes": (lambda: torch._int_mm(a, a.t()), 2e-6 * size**3, "TOPS"),
-        f"copy of {copied_bytes >> 20} MiB, read and written": (
-            lambda: target.copy_(source),
-            2e-3 * copied_bytes,
-            "GB/s",
-        ),
-        "kernel of one element in a graph": (lambda: one.add_(1), 0.0, "us"),
-    }
-    result = []
-    for name, (call, work, unit) in calls.items():
-        us = timer([call]).us
-        result.append({"ceiling": name, "value": work / us if work else us, "unit": unit, "us": us})
-    return result
 
 
 def clocks() -> str:

@@ -26,10 +26,10 @@ import torch
 from benchmarks.device_stages import commit
 from benchmarks.kernel_cases import AnyCase
 from benchmarks.measured_case import Measured, Setting
-from benchmarks.microbench import Work
 from vitq_kernels.files import replaced_file
 from vitq_kernels.ops import SEMANTICS_VERSION
 from vitq_kernels.ops.backends import BACKENDS
+from vitq_kernels.roofline import Work
 from vitq_kernels.stopwatch import percentile
 
 Row = dict[str, str]

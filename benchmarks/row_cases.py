@@ -22,7 +22,7 @@ from benchmarks.baselines import (
 )
 from benchmarks.built_case import Built
 from benchmarks.kernel_targets import TORCH_LAYERNORM, TORCH_QUANTIZE
-from benchmarks.microbench import Work
+from vitq_kernels.roofline import Work
 
 SEED = 20
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.measured_case import Setting
-from benchmarks.microbench import Peaks
 from tests.fake_timer import FakeTimer
 from vitq_kernels.model_bench import ModelBench, ModelTime
+from vitq_kernels.roofline import Peaks
 
 GPU = "NVIDIA H200"
 SETTING = Setting("cuda", GPU, FakeTimer(), Peaks(1979, 989, 4800), 1000, ("cold", "hot"), "580.1")

@@ -18,7 +18,7 @@ from tests.conformance import EXACT_OPS
 from vitq_kernels.ops import OPS
 
 FAKES = """
-import os, pathlib, subprocess, sys, time
+import json, os, subprocess, sys, time
 from benchmarks.device_check import CheckFailed, NotRun
 
 def mark(run, name):
@@ -34,6 +34,14 @@ def flaky(run):
     run.keep(before="kept")
     if not os.path.exists(os.environ["FAKE_MARKS"] + ".repaired"):
         raise ValueError("a | wrong turn")
+
+def adding(run):
+    kept = json.loads((run.path.parent / "device.json").read_text())["stages"]
+    rows = kept.get("adding", {}).get("data", {}).get("rows", [])
+    if os.path.exists(os.environ["FAKE_MARKS"] + ".hasty"):
+        os._exit(1)
+    run.keep(headline="a line", plots=["adding.png"], rows=rows + [{"dry": run.dry_run}])
+    raise CheckFailed("more to do")
 
 def wrong(run):
     run.keep(differing=3)
@@ -74,7 +82,7 @@ def rows(out: Path) -> dict[str, Any]:
 
 def test_the_table_fits_in_ten_minutes() -> None:
     names = [stage.name for stage in STAGES]
-    assert names[:3] == ["environment", "tests", "end_to_end"]
+    assert names[:3] == ["environment", "ceilings", "tests"]
     assert len(set(names)) == len(names)
     assert all(stage.limit_s > 0 for stage in STAGES)
     assert sum(stage.limit_s for stage in STAGES) <= device_check.TOTAL_S < 600
@@ -166,6 +174,78 @@ def test_what_a_stage_leaves_goes_to_those_after_it(tmp_path: Path, marks: Path)
     assert rows(out)["good"]["limit_s"] == 20  # what it can count on, while there is any time
 
 
+def test_a_stage_goes_on_from_what_it_kept(tmp_path: Path, marks: Path) -> None:
+    out, stages = tmp_path / "out", fakes("good", "adding")
+    for times in (1, 2):
+        check(out, stages)
+        assert rows(out)["adding"]["data"]["rows"] == [{"dry": False}] * times
+    hasty = marks.with_name("marks.hasty")
+    hasty.touch()
+    check(out, stages)  # ends before it has read what there is
+    assert rows(out)["adding"]["reason"] == "the process ended with code 1"
+    assert rows(out)["adding"]["data"]["rows"] == [{"dry": False}] * 2
+    check(out, stages, chosen=["adding"], total_s=0.5)
+    assert rows(out)["adding"]["data"]["rows"] == [{"dry": False}] * 2
+    hasty.unlink()
+    check(out, stages, chosen=["adding"], overwrite=True)
+    assert rows(out)["adding"]["data"]["rows"] == [{"dry": False}]
+
+
+def test_a_dry_run_is_one_process_and_no_measurement(tmp_path: Path, marks: Path) -> None:
+    out, stages = tmp_path / "out", fakes("adding", "flaky", "good", "crash", "absent")
+    assert not check(out, stages, dry_run=True)
+    found = rows(out)
+    assert {name: row["status"] for name, row in found.items()} == {
+        "adding": "failed",  # there is no device.json yet, and it reads it
+        "flaky": "failed",
+        "good": "ok",
+        "crash": "failed",
+        "absent": "failed",  # the process was gone
+    }
+    assert found["adding"]["reason"].startswith("FileNotFoundError")
+    assert found["absent"]["reason"] == "the process ended with code 7"
+    assert not check(out, stages[:1], dry_run=True)
+    assert rows(out)["adding"]["data"]["rows"] == [{"dry": True}]
+    assert check(out, stages, chosen=["good"], dry_run=True)
+    assert marks.read_text().split() == ["flaky", "good", "good"]  # what was ok is walked again
+    with pytest.raises(ValueError, match=r"on CPU, dry run, this is code \w+ on CPU: give another"):
+        check(out, stages)
+
+
+def test_a_dry_run_sees_no_gpu(tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_check, "query_gpu", lambda: ("NVIDIA H200", "580.1"))
+    (tmp_path / "modules" / "seeing.py").write_text(
+        "import os\ndef seen(run): run.keep(visible=os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))\n"
+    )
+    stages = [Stage("seen", "seeing:seen", 60)]
+    assert check(tmp_path / "dry", stages, dry_run=True)
+    assert json.loads((tmp_path / "dry" / "device.json").read_text())["device"] == "CPU, dry run"
+    assert rows(tmp_path / "dry")["seen"]["data"] == {"visible": ""}
+
+
+@pytest.mark.slow
+def test_every_stage_is_walked_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = device_check.main(["--dry-run", "--out", str(out)])
+    assert code == 0, capsys.readouterr().out + (out / "log.txt").read_text()
+    found = rows(out)
+    assert list(found) == [stage.name for stage in STAGES]
+    assert found["ceilings"]["data"]["int8_tops"] > 0
+    assert {row["candidate"] for row in found["whole_models"]["data"]["rows"]} >= {"ours", "float16", "bfloat16"}
+    assert {row["model"] for row in found["kernel_profiles"]["data"]["rows"]} == {"cpu", "float32"}
+    counts = {row["checked"]: row for row in found["cuda_correctness"]["data"]["counts"]}
+    assert set(OPS) <= set(counts)
+    assert all(row["passed"] and not row["failed"] for row in counts.values())
+    assert "--tool racecheck" in found["cuda_sanitizer"]["data"]["would_run"][1]
+    plots = [plot for row in found.values() for plot in row["data"].get("plots", ())]
+    assert {"whole_models.png", "cuda_microbenchmarks.png", "profile-cpu-1.png"} <= set(plots)
+    text = (out / "summary.md").read_text()
+    assert "No number on this page counts." in text
+    for plot in plots:
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+        assert f"![{plot}]({plot})" in text
+
+
 def test_results_of_other_code_are_not_mixed_in(tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, stages = tmp_path / "out", fakes("good")
     assert check(out, stages)
@@ -190,8 +270,16 @@ def test_the_summary_says_what_ran_and_what_did_not(tmp_path: Path, marks: Path)
     assert "## absent" not in text
 
 
+def test_the_summary_begins_with_what_it_comes_to(tmp_path: Path, marks: Path) -> None:
+    out, stages = tmp_path / "out", fakes("good", "adding")
+    check(out, stages)
+    text = (out / "summary.md").read_text()
+    assert "\nIn short:\n\n- adding: a line\n\n## good\n" in text
+    assert text.endswith("| dry |\n|---|\n| False |\n\n![adding.png](adding.png)\n")
+
+
 def test_a_summary_without_stages() -> None:
-    text = summary({"device": "CPU", "code": "00", "stages": {}}, STAGES)
+    text = summary({"device": "CPU", "code": "00", "stages": {}}, [stage.name for stage in STAGES])
     assert text.count("not chosen so far") == len(STAGES)
 
 
@@ -203,23 +291,25 @@ def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch, checked: Cal
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_the_exit_code(ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_main(["--out", str(tmp_path)], monkeypatch, lambda *_: ok) == (0 if ok else 1)
+    assert run_main(["--out", str(tmp_path)], monkeypatch, lambda *_, **__: ok) == (0 if ok else 1)
 
 
 def test_bad_arguments_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: Any) -> bool:
+    def refuse(*_: Any, **__: Any) -> bool:
         raise ValueError("the folder is taken")
 
-    for arguments in (["--assets", str(tmp_path / "nowhere")], ["--stage", "tset"], []):
+    out = ["--out", str(tmp_path)]
+    for arguments in ([*out, "--assets", str(tmp_path / "nowhere")], [*out, "--stage", "tset"], out, []):
         with pytest.raises(SystemExit):
-            run_main(["--out", str(tmp_path), *arguments], monkeypatch, refuse)
+            run_main(arguments, monkeypatch, refuse)
     messages = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert [message.split(": error: ")[1][:22] for message in messages] == [
         "--assets must be a fol",
         "argument --stage: inva",
         "the folder is taken",
+        "--out must be given, b",
     ]
 
 

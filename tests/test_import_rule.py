@@ -32,6 +32,7 @@ ALLOWED = {
     "observers": ("spec", "config", "quantizers"),
     "files": (),
     "stopwatch": (),
+    "roofline": ("stopwatch",),
     "tensor_file": ("files",),
     "calibration": ("spec", "config", "files", "models", "observers", "quantizers"),
     "lrp_rules": ("spec",),

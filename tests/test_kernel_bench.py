@@ -27,7 +27,7 @@ from benchmarks.kernel_bench import (
 )
 from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
-from benchmarks.microbench import Peaks, Timer, Timing
+from benchmarks.microbench import Timer, Timing
 from benchmarks.row_cases import RowCase
 from benchmarks.triton_backend import TRITON
 from tests.conftest import BackendCase
@@ -37,6 +37,7 @@ from vitq_kernels.ops import cuda as cuda_ops
 from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.tiles import Gpu
 from vitq_kernels.ops.triton.launch import INTERPRETED
+from vitq_kernels.roofline import Peaks
 
 CPU = replace(TRITON, name="cpu")  # Triton's tiles are named, the cpu backend runs
 PEAKS = Peaks(1979, 989, 4800)

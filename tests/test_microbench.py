@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from benchmarks.microbench import GraphTimer, Peaks, Timing, Work, ceilings, copied, peaks_of, rotated, timing
+from benchmarks.microbench import GraphTimer, Timing, copied, rotated, timing
+from vitq_kernels.roofline import Peaks, Work, peaks_of
 
 PEAKS = Peaks(1979, 989, 4800)
 
@@ -106,16 +107,3 @@ def test_a_roofline_is_the_slower_of_products_and_bytes() -> None:
     assert work.pct_of_roofline(4.0, PEAKS, from_memory=False) == 25.0
     assert Work(int4_ops=1979e6).pct_of_roofline(1.0, PEAKS, from_memory=True) == 50.0
     assert Work(bytes=9600e3).pct_of_roofline(4.0, PEAKS, from_memory=False) is None
-
-
-def test_ceilings() -> None:
-    calls: list[Callable[[], object]] = []
-
-    def fake(given: Sequence[Callable[[], object]]) -> Timing:
-        calls.extend(given)
-        given[0]()
-        return Timing(2.0, 2.0, 2.0)
-
-    rows = ceilings(fake, "cpu", 32, 1 << 20)
-    assert [row["unit"] for row in rows] == ["TOPS", "TOPS", "GB/s", "us"]
-    assert [row["value"] for row in rows] == [pytest.approx(v) for v in (32768e-6, 32768e-6, 1048.576, 2.0)]

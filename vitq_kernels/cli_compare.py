@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,20 +13,13 @@ from vitq_kernels.cli_inputs import calibration_images, float_model, integer_sit
 from vitq_kernels.cli_output import console, finish, wrote
 from vitq_kernels.compare import compare as compare_methods
 from vitq_kernels.compare_jobs import METHODS, plan_jobs
-from vitq_kernels.compare_plot import check_suffix, write_plot
+from vitq_kernels.compare_plot import write_plot
 from vitq_kernels.compare_rows import Comparison
 from vitq_kernels.files import write_text
 from vitq_kernels.images import ImageFolder, eval_transform
 from vitq_kernels.spec import check_bits
 
 PAIRS, MEANS = "4/8,4/4,3/8", "3,4"
-
-
-def drawable(param: typer.CallbackParam, value: Any) -> Any:
-    """A file in a directory that exists, of a kind that can be drawn, or None."""
-    if value is not None:
-        check_suffix(value)
-    return options.writable(param, value)
 
 
 def compare(
@@ -53,7 +46,9 @@ def compare(
         Path | None,
         typer.Option(callback=options.writable, help="file that keeps each measured sensitivity, to go on from"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(callback=drawable, help="draw the result here: .png or .svg")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=options.drawable, help="draw the result here: .png or .svg")
+    ] = None,
     mean: options.Mean = None,
     std: options.Std = None,
     crop: options.Crop = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 import torch
 import typer
 
+from vitq_kernels.compare_plot import check_suffix
 from vitq_kernels.planning import Strategy as StrategyName
 from vitq_kernels.presets import PRESETS
 from vitq_kernels.spec import MAX_BITS, MIN_BITS
@@ -46,6 +47,13 @@ def writable(param: typer.CallbackParam, value: Any) -> Any:
     if value is not None and not value.parent.is_dir():
         raise ValueError(f"{_name(param)} {value}: directory {value.parent} does not exist")
     return value
+
+
+def drawable(param: typer.CallbackParam, value: Any) -> Any:
+    """A file in a directory that exists, of a kind that can be drawn, or None."""
+    if value is not None:
+        check_suffix(value)
+    return writable(param, value)
 
 
 def usable_device(param: typer.CallbackParam, value: Any) -> Any:

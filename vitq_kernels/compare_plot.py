@@ -56,7 +56,7 @@ def write_plot(comparison: Comparison, path: Path) -> None:
             "KL from the float model in nats ± standard error\ndark: beats its controls, hollow: simulated"
         )
         with replaced_file(path) as temporary:
-            figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=_METADATA[suffix])
+            figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=METADATA[suffix])
 
 
 def check_suffix(path: Path) -> str:
@@ -67,7 +67,7 @@ def check_suffix(path: Path) -> str:
     return suffix
 
 
-_METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # what would name time and version
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # what would name time and version
 
 
 def _panel(axes: Axes, widths: str, rows: list[ComparisonRow]) -> None:

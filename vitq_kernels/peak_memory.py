@@ -56,15 +56,8 @@ def _reserved(device: str) -> int:
 
 def _traced(call: Callable[[], T]) -> tuple[T, list[Event]]:
     """The result of a call, and the events that the profiler recorded meanwhile."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a machine without GPU is told so at every start
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _silent_native_stderr():
-        profiler.start()
-    try:
+    with silent_profiler([ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    finally:
-        with _silent_native_stderr():
-            profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -77,6 +70,20 @@ def running_bytes(events: Iterable[Event]) -> list[int]:
     memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == CPU]
     memory.sort(key=lambda event: event["ts"])
     return list(accumulate((event["args"]["Bytes"] for event in memory), initial=0))
+
+
+@contextlib.contextmanager
+def silent_profiler(activities: Iterable[ProfilerActivity], profile_memory: bool = False) -> Iterator[profile]:
+    """torch's profiler around the ``with`` block, without what it writes to stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a machine without GPU is told so at every start
+    profiler = profile(activities=list(activities), profile_memory=profile_memory)
+    with _silent_native_stderr():
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        with _silent_native_stderr():
+            profiler.stop()
 
 
 @contextlib.contextmanager
