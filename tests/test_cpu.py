@@ -36,11 +36,12 @@ def unfused_by_row(shift: Tensor, value: Tensor, factor: Tensor, out: Tensor | N
     return (unfused if factor.shape[-1] == 1 else FUSED)(shift, value, factor, out=out)
 
 
+@pytest.mark.parametrize("elements", [3000, 8000])  # 50 x 50 scores: a head, and an image and a half of two heads
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_values_from_many_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primitives, "TILE_ELEMENTS", 3000)  # ViT-Tiny's scores are a head at a time then, too
+def test_values_from_many_tiles(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(primitives, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(linear, "TILE_COLUMNS", 16)
-    monkeypatch.setattr(primitives, "FEWEST_PRODUCTS", 0)
     check_values(case, "cpu", reference_floats=False)
 
 
@@ -86,11 +87,11 @@ def test_float_matmuls_are_exact_past_2_to_the_24(columns: int) -> None:
 
 @pytest.mark.parametrize("code", [-128, 127])
 @pytest.mark.parametrize("level", [0, 127, 128, 255])
-@pytest.mark.parametrize("fewest_products", [0, 1 << 40], ids=["int8", "float"])
+@pytest.mark.parametrize("int_mm_is_exact", [True, False], ids=["int8", "float"])
 def test_attention_on_the_largest_sums(
-    code: int, level: int, fewest_products: int, monkeypatch: pytest.MonkeyPatch
+    code: int, level: int, int_mm_is_exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(primitives, "FEWEST_PRODUCTS", fewest_products)
+    monkeypatch.setattr(primitives, "int_mm_is_exact", lambda: int_mm_is_exact)
     x = SAMPLES["attention"].arguments
     levels = torch.full_like(x["levels"], level)
     levels[:, 0] = max(1, level)

@@ -15,6 +15,7 @@ from vitq_kernels.ops.cpu.primitives import (
     addcmul_rounds_once,
     matmul_into,
     requantise_into,
+    slices,
     tile_rows,
 )
 
@@ -67,12 +68,13 @@ class _Tables:
         return self.levels.index_select(0, codes.view(-1)).view(codes.shape)
 
 
-def _groups(images: int, heads: int, products: int, within_image: bool) -> Iterator[slice]:
-    """Heads, numbered over all images, a few at a time; ``products``: elements of a head's scores."""
-    size = tile_rows(products)
-    for start in range(0, images * heads, heads) if within_image else (0,):
-        stop = start + heads if within_image else images * heads
-        yield from (slice(low, min(low + size, stop)) for low in range(start, stop, size))
+def _groups(images: int, heads: int, size: int) -> Iterator[slice]:
+    """Heads, numbered over all images, up to ``size`` at a time: whole images, or some heads of one."""
+    if size >= heads:
+        yield from slices(images * heads, size // heads * heads)
+    else:
+        for first in range(0, images * heads, heads):
+            yield from (slice(first + part.start, first + part.stop) for part in slices(heads, size))
 
 
 def attention(
@@ -101,13 +103,14 @@ def attention(
     bias = None if bias_q is None else bias_q.expand(b, h, s, s)
     taus = None if inv_tau is None else inv_tau.repeat(b)
     out = torch.empty(b * h, s, d, dtype=torch.int8)
-    for heads in _groups(b, h, s * s, bias is not None):
+    for heads in _groups(b, h, tile_rows(s * s)):
         count = heads.stop - heads.start
         acc = torch.empty(count, s, s, dtype=torch.int32)
         matmul_into(acc, queries[heads], keys[heads].mT)
         if bias is not None:
-            first = heads.start % h
-            acc.add_(bias[heads.start // h, first : first + count])
+            (image, head), last = divmod(heads.start, h), (heads.stop - 1) // h
+            part = bias[image : last + 1, head : head + count]
+            acc.view(part.shape).add_(part)
         drop = acc.sub_(acc.amax(-1, keepdim=True))  # minus the distance to the row's maximum
         probability = tables.probabilities(tables.codes(drop, heads))
         if taus is not None:

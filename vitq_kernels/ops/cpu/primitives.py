@@ -16,8 +16,6 @@ ROUND_TO_INTEGER = 12582912
 ROUND_TO_INTEGER_BITS = 0x4B400000
 # Measured at ViT-Tiny to -Base on one and two threads: less repeats the packing of operands, more leaves the cache.
 TILE_ELEMENTS = 1 << 18  # a thread
-# Products of a pair of matrices from which one call of the int8 GEMM a pair is faster than a float matmul of all pairs.
-FEWEST_PRODUCTS = 1 << 19
 
 
 @cache
@@ -46,11 +44,11 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_into(acc: Tensor, a: Tensor, b: Tensor) -> None:
     """int8 [I, K] by [K, J] to int32 ``acc`` [I, J], or [G, ...] a matrix each; exact."""
-    if not int_mm_is_exact() or (a.dim() == 3 and a[0].numel() * b.shape[-1] < FEWEST_PRODUCTS):
+    if not int_mm_is_exact():
         acc.copy_(exact_matmul(a, b))
     elif a.dim() == 2:
         torch._int_mm(a, b, out=acc)
-    else:
+    else:  # faster than one float matmul of all pairs even at 49 x 32 x 49
         for into, left, right in zip(acc, a, b, strict=True):
             torch._int_mm(left, right, out=into)
 
