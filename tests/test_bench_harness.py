@@ -37,7 +37,9 @@ cpu.linear_codes = lambda *arguments: right(*arguments).bitwise_xor(1)
 
 def bench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs the benchmarks in a process of their own, without a GPU and on one thread."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Inside a worker of pytest-xdist, which these variables tell, pytest-benchmark measures nothing.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])  # the package that is tested here
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
     return subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)

@@ -71,6 +71,15 @@ def offset(tensor: Tensor) -> Tensor:
 
 
 @EACH_OP
+def test_inputs_that_require_grad(case: Case, backend: BackendCase) -> None:
+    """As the parameters of a model that is called outside no_grad."""
+    given = with_tensors(case, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+    expected = op_call(case, backend.name, backend.device)
+    for got, wanted in zip(op_call(given, backend.name, backend.device), expected, strict=True):
+        assert_bitwise_equal(got.detach(), wanted)
+
+
+@EACH_OP
 @pytest.mark.parametrize("layout", [strided, transposed, offset], ids=lambda f: f.__name__)
 def test_any_strides_and_offset(case: Case, layout: Callable[[Tensor], Tensor], backend: BackendCase) -> None:
     moved = with_tensors(case, layout)

@@ -69,6 +69,7 @@ def _op(schema: str) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:
             outputs = tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in plan(*args))
             return outputs[0] if len(outputs) == 1 else outputs
 
+        @torch.no_grad()  # integers have no gradients; and some of torch's ops in place refuse parameters otherwise
         def real(*args: Any) -> Any:
             plan(*args)
             outputs = implementation(name, args[0].device.type, *(args[i] for i in layout))(*(args[i] for i in kept))
