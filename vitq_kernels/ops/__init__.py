@@ -69,11 +69,10 @@ def _op(schema: str) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:
             outputs = tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in plan(*args))
             return outputs[0] if len(outputs) == 1 else outputs
 
-        @torch.no_grad()  # integers have no gradients; and some of torch's ops in place refuse parameters otherwise
-        def real(*args: Any) -> Any:
+        @torch.no_grad()  # integers have none, and torch refuses parameters where it writes in place
+        def real(*args: Any) -> Any:  # contiguous, as the fake says
             plan(*args)
             outputs = implementation(name, args[0].device.type, *(args[i] for i in layout))(*(args[i] for i in kept))
-            # As the fake says, whatever the strides of the inputs.
             return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(t.contiguous() for t in outputs)
 
         torch.library.register_fake(qualified, fake)
