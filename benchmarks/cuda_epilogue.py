@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from benchmarks.cuda_sass import Instruction, Kernel, count
 from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, TILES, WINDOW_ROWS, Tile
-from vitq_kernels.ops.mma_fragments import place_rows
+from vitq_kernels.ops.mma_fragments import bank_quarter, place_rows
 from vitq_kernels.spec import RowGroups
 
 SCALAR_STORES = ("STG.E", "STG.E.U8", "STG.E.U16")
@@ -154,7 +154,7 @@ def ways_out(kernel: Kernel, tile: Tile, shared: float) -> tuple[Pipes, Pipes, P
 
 def staged_offset(row: int) -> int:
     """Where a row of the tile lies in a panel, in bytes: staged_offset of csrc/gemm_tiles.cuh."""
-    return row // 4 * 128 + (row ^ row // 8) % 4 * 32
+    return row // 4 * 128 + bank_quarter(row) * 32
 
 
 def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> int:

@@ -13,7 +13,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "gemm_sm90_tiles.cuh"
 #include "gemm_store.cuh"

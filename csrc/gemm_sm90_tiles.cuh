@@ -34,9 +34,8 @@ struct WgmmaTile {
   static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
 };
 
-// What a pass stages (Staging of gemm_tiles.cuh): all tokens (codes), or 64 (words). A worker
-// thread ends with two rows of tokens 8 i + 2 t and + 1 (t: lane % 4). Codes: of 32 tokens its eight lie in two adjacent
-// words.
+// What a pass stages (Staging of gemm_tiles.cuh): all tokens (codes), or 64 (words). A worker thread ends with two rows of
+// tokens 8 i + 2 t and + 1 (t: lane % 4). Codes: of 32 tokens its eight lie in two adjacent words.
 template <class T, int kElement>
 struct WgmmaStaging {
   static constexpr int kRows = T::kStoredRows, kOfPack = staged_tokens(kElement);

@@ -35,6 +35,23 @@ __device__ __forceinline__ uint32_t part_of(uint32_t word) {
   return (kSource >= kTarget ? word >> (kSource - kTarget) : word << (kTarget - kSource)) & kMask;
 }
 
+template <int kIndex>
+__device__ __forceinline__ uint32_t word_of(const uint4& chunk) {
+  return kIndex == 0 ? chunk.x : kIndex == 1 ? chunk.y : kIndex == 2 ? chunk.z : chunk.w;
+}
+
+// Register kRegister of a step as bytes, each code left-aligned in its byte: times 2^(8 - kBits). Put together from the
+// words of the narrow planes that hold it; only those that the width has are asked for.
+template <int kBits, int kRegister, class Four, class Two, class One>
+__device__ __forceinline__ uint32_t left_aligned(const Four& four, const Two& two, const One& one) {
+  uint32_t result = 0;
+  if constexpr (has_plane(kBits, 4)) result |= part_of<4, kRegister % 2, 4>(four());
+  constexpr int kTop = has_plane(kBits, 4) ? 2 : 6;  // of the plane of 2 bits
+  if constexpr (has_plane(kBits, 2)) result |= part_of<2, kRegister % 4, kTop>(two());
+  if constexpr (has_plane(kBits, 1)) result |= part_of<1, kRegister % 8, 8 - kBits>(one());
+  return result;
+}
+
 // The weights of one step of a group as they lie in shared memory; loads what a fragment needs when it is asked for,
 // fragments in ascending order.
 template <int kBits>
@@ -57,32 +74,24 @@ struct WeightStep {
     if constexpr (has_plane(kBits, 1) && kFragment == 0) plane1 = load<1>(0);
   }
 
-  template <int kIndex>
-  static __device__ __forceinline__ uint32_t word(const uint4& chunk) {
-    return kIndex == 0 ? chunk.x : kIndex == 1 ? chunk.y : kIndex == 2 ? chunk.z : chunk.w;
-  }
-
-  // Register kRegister (0..31) of the step as bytes, each code left-aligned in its byte: times 2^(8 - kBits).
+  // Register kRegister (0..31) of the step as bytes.
   template <int kRegister>
   __device__ __forceinline__ uint32_t bytes() const {
-    if constexpr (kBits == 8) return word<kRegister % 4>(plane8);
-    uint32_t result = 0;
-    if constexpr (has_plane(kBits, 4)) result |= part_of<4, kRegister % 2, 4>(word<kRegister / 2 % 4>(plane4));
-    constexpr int kTop = has_plane(kBits, 4) ? 2 : 6;  // of the plane of 2 bits
-    if constexpr (has_plane(kBits, 2)) result |= part_of<2, kRegister % 4, kTop>(word<kRegister / 4 % 4>(plane2));
-    if constexpr (has_plane(kBits, 1)) result |= part_of<1, kRegister % 8, 8 - kBits>(word<kRegister / 8>(plane1));
-    return result;
+    if constexpr (kBits == 8) return word_of<kRegister % 4>(plane8);
+    return left_aligned<kBits, kRegister>([&] { return word_of<kRegister / 2 % 4>(plane4); },
+                                          [&] { return word_of<kRegister / 4 % 4>(plane2); },
+                                          [&] { return word_of<kRegister / 8>(plane1); });
   }
 
   // Registers kRegister (even) and the next one as nibbles, the first in the upper ones: times 2^(4 - kBits).
   template <int kRegister>
   __device__ __forceinline__ uint32_t nibbles() const {
     static_assert(kBits <= 4);
-    if constexpr (kBits == 4) return word<kRegister / 2 % 4>(plane4);
-    const uint32_t twos = word<kRegister / 4 % 4>(plane2);
+    if constexpr (kBits == 4) return word_of<kRegister / 2 % 4>(plane4);
+    const uint32_t twos = word_of<kRegister / 4 % 4>(plane2);
     uint32_t result = part_of<2, kRegister % 4, 6>(twos) | part_of<2, kRegister % 4 + 1, 2>(twos);
     if constexpr (kBits == 3) {
-      const uint32_t ones = word<kRegister / 8>(plane1);
+      const uint32_t ones = word_of<kRegister / 8>(plane1);
       result |= part_of<1, kRegister % 8, 5>(ones) | part_of<1, kRegister % 8 + 1, 1>(ones);
     }
     return result;
@@ -114,18 +123,9 @@ struct WarpgroupStep {
 
   template <int kRegister>
   __device__ __forceinline__ uint32_t bytes() const {
-    const auto word = [](const uint4& four, int index) {
-      return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
-    };
-    if constexpr (kBits == 8) return word(plane8[kRegister / 4], kRegister % 4);
-    uint32_t result = 0;
-    if constexpr (has_plane(kBits, 4)) result |= part_of<4, kRegister % 2, 4>(word(plane4, kRegister / 2));
-    constexpr int kTop = has_plane(kBits, 4) ? 2 : 6;
-    if constexpr (has_plane(kBits, 2)) {
-      result |= part_of<2, kRegister % 4, kTop>(kRegister < 4 ? plane2.x : plane2.y);
-    }
-    if constexpr (has_plane(kBits, 1)) result |= part_of<1, kRegister, 8 - kBits>(plane1);
-    return result;
+    if constexpr (kBits == 8) return word_of<kRegister % 4>(plane8[kRegister / 4]);
+    return left_aligned<kBits, kRegister>([&] { return word_of<kRegister / 2>(plane4); },
+                                          [&] { return kRegister < 4 ? plane2.x : plane2.y; }, [&] { return plane1; });
   }
 };
 

@@ -132,6 +132,16 @@ def emulated() -> BackendCase:
     return _built(next(case for case in BACKEND_CASES if case.label == "cuda-emulated"))
 
 
+@pytest.fixture
+def planted(emulated: BackendCase) -> Generator[Any, None, None]:
+    """The emulated module, to plant faults in: ``plant(skipped_barrier=..., ...)``; taken out again afterwards."""
+    from vitq_kernels.ops.cuda.extension import module
+
+    yield module()
+    module().plant()
+    module().set_seed(1)
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with the real ViT-Tiny and its images."""

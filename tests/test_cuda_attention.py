@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,13 +98,6 @@ def test_sizes_beyond_the_kernel_are_named(emulated: BackendCase, s: int, d: int
     vectors = (torch.ones(1), torch.full((1, 4), 255, dtype=torch.uint8), torch.ones(1, d))
     with pytest.raises(BackendUnavailableError, match=rf"^vitq::attention on cpu: backend cuda takes .*{message}"):
         attention(q, q, q, *vectors, torch.zeros(1, d, dtype=torch.int32), None, None, 8)
-
-
-@pytest.fixture
-def planted(emulated: BackendCase) -> Iterator[Any]:
-    yield module()
-    module().plant()
-    module().set_seed(1)
 
 
 def fails_under_some_seed(given: dict[str, Any], seeds: int = 12) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -203,13 +202,6 @@ def test_gelu_is_as_exact_as_float32(emulated: BackendCase, form: str) -> None:
 
 
 # What the emulation must not let pass. Each fault makes the correct source behave as one with that mistake.
-
-
-@pytest.fixture
-def planted(emulated: BackendCase) -> Iterator[Any]:
-    yield module()
-    module().plant()
-    module().set_seed(1)
 
 
 def fails_under_some_seed(case: Case, seeds: int = 6) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -144,13 +143,6 @@ def test_a_wrong_call_is_refused(emulated: BackendCase, op: str, changes: dict[s
     getattr(module(), op)(*CALLS[op].values(), None)
     with pytest.raises(ValueError, match=rf"^vitq_kernels\._cuda: {op}: {message}"):
         getattr(module(), op)(*(CALLS[op] | changes).values(), None)
-
-
-@pytest.fixture
-def planted(emulated: BackendCase) -> Iterator[Any]:
-    yield module()
-    module().plant()
-    module().set_seed(1)
 
 
 @pytest.mark.parametrize("cols", [4096, 2050], ids=["held", "read-again"])

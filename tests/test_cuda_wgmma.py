@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conformance import Case
-from tests.conftest import BackendCase
 from tests.test_cuda_linear import MIXED, barrier_lines, check, fails_under_some_seed, linear_case
-from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.tiles import TILES, Gpu, Plan, Problem, candidates, forced
 from vitq_kernels.spec import RowGroups
 
 WGMMA_TILES = [number for number, tile in enumerate(TILES) if tile.wgmma]
 SMALL = WGMMA_TILES[-1]
-
-
-@pytest.fixture
-def planted(emulated: BackendCase) -> Iterator[Any]:
-    yield module()
-    module().plant()
-    module().set_seed(1)
 
 
 def test_every_wait_is_needed(planted: Any) -> None:

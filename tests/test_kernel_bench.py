@@ -4,7 +4,7 @@ with Triton's tiles, the interpreted or the emulated kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from tests.conftest import BackendCase
 from tests.fake_timer import FakeTimer, off
 from vitq_kernels.ops import cpu
 from vitq_kernels.ops import cuda as cuda_ops
-from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.tiles import Gpu
 from vitq_kernels.ops.triton.launch import INTERPRETED
 from vitq_kernels.roofline import Peaks
@@ -184,14 +183,8 @@ def test_a_wrong_triton_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.
     refused(bench(stage_run(tmp_path), FakeTimer(), TRITON), LAYER)
 
 
-@pytest.fixture
-def planted(emulated: BackendCase) -> Iterator[Any]:
-    yield module()
-    module().plant()
-
-
 def test_a_fault_inside_the_kernel_is_not_timed(planted: Any, tmp_path: Path) -> None:
-    planted.plant(swapped_fragment=True)  # a swapped fragment
+    planted.plant(swapped_fragment=True)
     refused(bench(stage_run(tmp_path), FakeTimer(), CUDA), LAYER)
 
 

@@ -23,7 +23,6 @@ from benchmarks.triton_backend import TRITON
 from tests.conftest import BackendCase
 from vitq_kernels.ops import cpu, use_backend
 from vitq_kernels.ops.cuda import linear as cuda_linear
-from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.tiles import TILES, Gpu
 from vitq_kernels.ops.triton import linear as linear_ops
 from vitq_kernels.ops.triton.launch import INTERPRETED
@@ -145,13 +144,10 @@ def test_every_plan_is_forced_and_checked(small: None, emulated: BackendCase, mo
     assert {plan.parts for _, plan in tasks} == {1, 2}
 
 
-def test_a_wrong_plan_is_found(small: None, emulated: BackendCase) -> None:
+def test_a_wrong_plan_is_found(small: None, planted: Any) -> None:
     task = tile_tasks(SMALL_CUDA, "cpu")[0]
-    module().plant(swapped_fragment=True)  # a swapped fragment
-    try:
-        assert "elements differ" in check_one(task, SMALL_CUDA, "cpu")
-    finally:
-        module().plant()
+    planted.plant(swapped_fragment=True)
+    assert "elements differ" in check_one(task, SMALL_CUDA, "cpu")
 
 
 def test_products_of_another_width_are_found(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.numerics import CODE_KINDS, assert_bitwise_equal, fails
 from tests.op_cases import some_groups, weight_codes
-from vitq_kernels.ops.mma_fragments import MmaFragments, place_rows, prepare_weight
+from vitq_kernels.ops.mma_fragments import MmaFragments, bank_quarter, place_rows, prepare_weight
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.spec import RowGroups
 
@@ -106,7 +106,7 @@ def test_rows_that_are_staged_together_lie_in_different_banks(starts: list[int],
 
     def mean_clocks(placed: list[int]) -> float:
         """Of a write: as many as the rows of the fullest quarter of the banks."""
-        quarters = [[(placed[i + j] ^ placed[i + j] // 8) % 4 for j in together] for i in starts]
+        quarters = [[bank_quarter(placed[i + j]) for j in together] for i in starts]
         return sum(max(map(four.count, four)) for four in quarters) / len(quarters)
 
     assert mean_clocks(order) <= 1.5 < 2 < mean_clocks(shuffled)  # 1: if each group had 16 rows of each quarter

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,16 +119,10 @@ def test_capture_is_asked_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(batch_sizes)
         return model
 
-    monkeypatch.setitem(sys.modules, "vitq_kernels.capture", SimpleNamespace(capture=capture))
+    monkeypatch.setattr(model_candidates, "capture", capture)
     model = nn.Identity()
     assert captured(model, 8, "cuda") is model
     assert asked == [(8,)]
-
-
-def test_a_version_without_capture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vitq_kernels.capture", None)
-    with pytest.raises(CannotRunError, match=r"^this version has no vitq_kernels\.capture$"):
-        captured(nn.Identity(), 8, "cuda")
 
 
 def test_random_weights_are_finite_and_repeat() -> None:

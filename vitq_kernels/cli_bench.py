@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from vitq_kernels import cli_options as options
 from vitq_kernels.checkpoint import load
 from vitq_kernels.cli_output import Bar, finish, wrote
+from vitq_kernels.images import image_shape
 from vitq_kernels.kernel_profile import KernelProfile, profile_forward
 from vitq_kernels.kernel_profile_plot import write_profile_plot
 from vitq_kernels.model_bench import BUDGET_S, ROUNDS, bench_models
@@ -59,8 +59,8 @@ def bench(
         _known(name)
     qmodel: Any = load(quantized)
     float_model = with_random_weights(build_vit(qmodel.quantization.model_config), seed)
-    patches = qmodel.patch_embed.proj
-    image = (patches.linear.in_features // math.prod(patches.patch_size), *qmodel.patch_embed.img_size)
+    image = image_shape(qmodel)
+    assert image is not None  # a loaded ViT tells
     with Bar("measuring", len(sizes)) as progress:
         try:
             found = bench_models(

@@ -12,6 +12,7 @@ import typer
 from vitq_kernels import cli_options as options
 from vitq_kernels.checkpoint import load
 from vitq_kernels.cli_output import Bar, finish, wrote
+from vitq_kernels.images import image_shape
 from vitq_kernels.ops.tuning import explain, require_gpu, tiles_path, tune
 
 
@@ -34,7 +35,8 @@ def tune_tiles(
         require_gpu()
     # A residual stream of float16, as a deployed model has it.
     qmodel: Any = load(quantized, "cpu") if dry_run else load(quantized, "cuda").half()
-    image = (qmodel.patch_embed.proj.in_channels, *qmodel.patch_embed.img_size)
+    image = image_shape(qmodel)
+    assert image is not None  # a loaded ViT tells
     device = next(qmodel.buffers()).device
 
     def run() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from vitq_kernels.capture import capture
 
 OURS = "ours"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,15 +95,10 @@ class Candidate:
 
 
 def captured(model: nn.Module, batch: int, device: str) -> Callable[[Tensor], Tensor]:
-    """``vitq_kernels.capture`` of a model for one batch; the only place here that knows it."""
+    """The model in a CUDA graph of one batch."""
     if torch.device(device).type != "cuda":
         raise CannotRunError("CUDA graphs need a GPU")
-    try:
-        module = importlib.import_module("vitq_kernels.capture")
-    except ModuleNotFoundError as error:
-        raise CannotRunError("this version has no vitq_kernels.capture") from error
-    graphs: Callable[[Tensor], Tensor] = module.capture(model, batch_sizes=(batch,))
-    return graphs
+    return capture(model, batch_sizes=(batch,))
 
 
 def with_random_weights(model: nn.Module, seed: int) -> nn.Module:

@@ -301,7 +301,7 @@ bool Block::run_warp(size_t first) {
   return ran;
 }
 
-// Whether every thread that is not done stands there, and one does.
+// Whether every thread that is not done stands there.
 bool all_at(const std::vector<Thread>& threads, State state) {
   return std::all_of(threads.begin(), threads.end(),
                      [&](const Thread& t) { return t.state == state || t.state == State::kDone; });

@@ -8,10 +8,6 @@
 
 #define VITQ_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   (static_cast<void>(stream), vitq::emulation::launch(grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
-// The same for clusters of blocks.
-#define VITQ_LAUNCH_CLUSTERS(kernel, cluster, grid, threads, shared_bytes, stream, ...) \
-  (static_cast<void>(stream),                                                           \
-   vitq::emulation::launch(grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }, cluster))
 #define VITQ_BARRIER() vitq::emulation::barrier(__LINE__)
 
 namespace vitq {

@@ -7,6 +7,10 @@
 #include "emulation/ptx.h"
 
 #define VITQ_TENSOR_MAP const vitq::TensorMap
+// A launch of blocks in clusters.
+#define VITQ_LAUNCH_CLUSTERS(kernel, cluster, grid, threads, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                                           \
+   vitq::emulation::launch(grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }, cluster))
 #define VITQ_WAIT(barrier, parity) vitq::emulation::mbarrier_wait(__LINE__, barrier, parity)
 #define VITQ_CLUSTER_BARRIER() vitq::emulation::cluster_barrier(__LINE__)
 #define VITQ_NAMED_BARRIER(number, threads) vitq::emulation::named_barrier(__LINE__, number, threads)

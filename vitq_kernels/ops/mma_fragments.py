@@ -135,16 +135,20 @@ def place_rows(groups: RowGroups) -> tuple[list[int], list[int]]:
     return order if in_order else [row for rows in members for row in _spread(rows)], bits
 
 
+def bank_quarter(row: int) -> int:
+    """Which quarter of shared memory's banks a row of outputs is staged in: staged_offset of csrc/gemm_tiles.cuh."""
+    return (row ^ row // 8) % 4
+
+
 def _spread(rows: list[int]) -> list[int]:
     """The rows of a group in the order in which lanes that store together meet in few banks of shared memory.
 
-    A row's place there is in quarter (r ^ r // 8) % 4 of all banks (staged_offset of csrc/gemm_tiles.cuh). Four stored
-    rows are staged together: i, i + 16, i + 32 and i + 48 by mma.sync; i, i + 1, i + 16 and i + 17 (i even) by wgmma.
-    So stored row i gets a row of quarter i // 16 ^ 2 (i % 2), as far as there are 16 of each.
+    Four stored rows are staged together: i, i + 16, i + 32 and i + 48 by mma.sync; i, i + 1, i + 16 and i + 17 (i even)
+    by wgmma. So stored row i gets a row of bank_quarter i // 16 ^ 2 (i % 2), as far as there are 16 of each.
     """
     waiting: list[list[int]] = [[], [], [], []]
     for row in reversed(rows):
-        waiting[(row ^ row // 8) % 4].append(row)
+        waiting[bank_quarter(row)].append(row)
     slots = [i // 16 ^ i % 2 << 1 for i in range(GROUP_ROWS)]
     placed = [waiting[quarter].pop() if waiting[quarter] else None for quarter in slots]
     left = [row for quarter in waiting for row in quarter]

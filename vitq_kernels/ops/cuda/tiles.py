@@ -227,14 +227,14 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
     busy = steps * step + tile.rows * tile.tokens * scatter
     way_out = tile.rows * tile.tokens * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
-    chain = FILL_CLOCKS + busy + way_out
     row_blocks = -(-problem.rows // (tile.rows * tile.cluster)) * tile.cluster
     blocks = row_blocks * -(-problem.tokens // tile.tokens) * plan.parts
     each_sm = -(-blocks // gpu.sms)
-    resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
-    clocks = max(math.ceil(each_sm / resident) * chain, each_sm * busy)
     if tile.wgmma:
         clocks = FILL_CLOCKS + each_sm * (busy + way_out)
+    else:
+        resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
+        clocks = max(math.ceil(each_sm / resident) * (FILL_CLOCKS + busy + way_out), each_sm * busy)
     us = LAUNCH_US + clocks / (1e3 * arch.ghz)
     if plan.parts > 1:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
