@@ -6,7 +6,7 @@
 // Work split  A block computes a tile of row_warps * 64 rows times token_warps * kTokenFragments * 16 tokens; a warp 64
 //             rows (one group) times its tokens. Tokens are the M operand of the mma, weights the N operand. Blocks run
 //             over the tiles of rows first, which share the tokens in L2. grid.z: parts of K, whose sums
-//             gemm_finish.cu adds.
+//             linear.cu adds.
 // Pipeline    kStages steps of 64 columns in shared memory, copied by cp.async, one barrier a step. Tokens lie in lines
 //             of 128 bytes, two tokens a line, the 16-byte chunk c of line l at chunk c ^ (l % 4): ldmatrix and the
 //             copies are free of bank conflicts. Weights lie as in global memory: a lane reads back its own 16 bytes.
