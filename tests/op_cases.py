@@ -165,9 +165,58 @@ def attention_case(
         "bias_q": bias_q,
         "inv_tau": uniform(0.7, 1.3, (h,), seed=18) / tau if normalised else None,
         "bits": bits,
+        "windows": None,
+        "pattern": None,
     }
     form = "-normalised" if normalised else ""
     return Case("attention", f"{b}x{h}x{s}x{d}-p{log2_bits}-{kind}{form}", arguments)
+
+
+def swin_windows(height: int, width: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Windows of side x side tokens after a cyclic shift, int32 [W, S], and their four kinds of mask, int32 [W].
+
+    Kind 1: what the shift brought from the left edge lies in it, 2: from the top edge, 3: from both.
+    """
+    tokens = torch.arange(height * width, dtype=torch.int32).view(height, width).roll((-shift, -shift), (0, 1))
+    tiles = tokens.view(height // side, side, width // side, side).transpose(1, 2)
+    last_row = torch.arange(height // side) == height // side - 1
+    last_column = torch.arange(width // side) == width // side - 1
+    kind = (2 * last_row[:, None].int() + last_column.int()) * (shift > 0)
+    return tiles.reshape(-1, side * side), kind.flatten().int()
+
+
+def window_case(
+    b: int,
+    h: int,
+    grid: tuple[int, int, int, int],
+    d: int,
+    bias: str,
+    kind: str = "random",
+    log2_bits: int = 4,
+    normalised: bool = False,
+) -> Case:
+    """Attention inside the windows of ``grid``: height, width, side, shift; a side of 0 is any windows in any order.
+
+    ``bias``: "none", "one" for all windows, "heads" that one shares, or "patterns", with -2^29 between parts.
+    """
+    height, width, side, shift = grid
+    if side:
+        windows, pattern = swin_windows(height, width, side, shift)
+    else:
+        windows = integers(0, 1 << 30, (height * width,), 50).argsort().int().view(height, width)
+        pattern = integers(0, 3, (height,), 51)
+    count, s = windows.shape
+    plain = attention_case(b * count, h, s, d, log2_bits, 0.5, kind, 0, normalised).arguments
+    q, k, v = (codes(kind, (b, h, count * s, d), seed=60 + i) for i in range(3))
+    bias_q = None
+    if bias != "none":
+        shape = {"one": (1, h, s, s), "heads": (4, 1, s, s), "patterns": (4, h, s, s)}[bias]
+        bias_q = integers(-(1 << 13), 1 << 13, shape, seed=52)
+        bias_q[1:] -= (1 << 29) * (integers(0, 1, (*bias_q[1:, :1].shape[:2], s, s), seed=53))
+    arguments = plain | {"q": q, "k": k, "v": v, "bias_q": bias_q, "windows": windows}
+    arguments["pattern"] = pattern if bias in ("heads", "patterns") else None
+    label = f"{b}x{h}x{height}x{width}x{d}-windows-{count}x{s}-shift{shift}-{bias}-{kind}"
+    return Case("attention", label + ("-normalised" if normalised else ""), arguments)
 
 
 def near_tie_attention() -> Case:
@@ -184,7 +233,7 @@ def near_tie_attention() -> Case:
     multiplier = (tie * total / out.abs().clamp_min(1)).float()
     zeros = torch.zeros(1, h, s, d, dtype=torch.int8)
     zero_point = integers(-20, 20, (h, d), seed=42)
-    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, None, 8)
+    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, None, 8, None, None)
     names = inspect.signature(reference.attention).parameters
     return Case("attention", "near-ties", dict(zip(names, arguments, strict=True)))
 
@@ -210,7 +259,7 @@ def near_tie_normalised_attention() -> Case:
     multiplier = ((integers(0, 99, (h, d), seed=44) + 0.5) * 200 / out.abs().clamp_min(1)).float()
     zeros = torch.zeros(1, h, s, d, dtype=torch.int8)
     zero_point = integers(-20, 20, (h, d), seed=45)
-    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, inv_tau, 8)
+    arguments = (zeros, zeros, v, kappa, levels, multiplier, zero_point, bias_q, inv_tau, 8, None, None)
     names = inspect.signature(reference.attention).parameters
     return Case("attention", "near-ties-normalised", dict(zip(names, arguments, strict=True)))
 
@@ -262,6 +311,16 @@ def _quantize_tail(x: Tensor, number: int) -> dict[str, Any]:
     return {"inv_scale": inv_scale, "zero_point": zero_points(x.shape[-1:], bits, 27), "bits": bits}
 
 
+WINDOWS = [
+    window_case(2, 3, (14, 21, 7, 3), 32, "patterns"),
+    window_case(2, 3, (14, 14, 7, 0), 32, "one", "extreme"),
+    window_case(1, 2, (8, 16, 8, 4), 32, "patterns", "one_sided", normalised=True),
+    window_case(3, 1, (9, 5, 0, 0), 16, "heads", "largest"),
+    window_case(1, 2, (12, 24, 12, 6), 32, "patterns", log2_bits=3),
+    window_case(2, 2, (5, 17, 0, 0), 40, "none"),
+    window_case(1, 1, (6, 1, 0, 0), 32, "patterns"),
+    window_case(1, 1, (2, 257, 0, 0), 32, "patterns", "extreme", 8),
+]
 CASES: dict[str, list[Case]] = {
     "quantize": _row_cases("quantize", _quantize_tail),
     "quantize_patches": _patch_cases(),
@@ -282,7 +341,8 @@ CASES: dict[str, list[Case]] = {
     + [attention_case(*ATTENTION_SHAPES[i % 4], CODE_KINDS[i], i, normalised=True) for i in range(len(CODE_KINDS))]
     + [attention_case(1, 1, 577, 64, 4, 1.0, "one_sided", 0), attention_case(1, 2, 300, 80, 3, 0.5, "random", 1)]
     + [attention_case(1, 1, 130, 96, 5, 0.5, "extreme", 0), attention_case(1, 1, 321, 48, 4, 0.5, "random", 2, True)]
-    + [near_tie_attention(), near_tie_normalised_attention()],
+    + [near_tie_attention(), near_tie_normalised_attention()]
+    + WINDOWS,
 }
 ALL_CASES = [case for cases in CASES.values() for case in cases]
 # One of 17 tokens (49 for attention, 3 small images for patches) and random data an op, for everything but the values.

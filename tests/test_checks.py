@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,87 @@ def test_an_inv_tau_that_is_no_float32_per_head_is_refused(inv_tau: Tensor) -> N
 def test_an_inv_tau_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^vitq::attention: inv_tau must be on cpu, got meta$"):
         call_with("attention", inv_tau=torch.ones(3, device="meta"))
+
+
+def windowed(**changes: Any) -> Tensor:
+    """Attention inside 7 windows of 7 tokens, the last of which take the second bias, but for ``changes``."""
+    bias_q = torch.zeros(2, 3, 7, 7, dtype=torch.int32)
+    good = {"windows": torch.arange(48, -1, -1).int().view(7, 7), "pattern": torch.arange(7).int() // 6}
+    return call_with("attention", **({"bias_q": bias_q} | good | changes))
+
+
+def test_good_windows_are_taken() -> None:
+    assert windowed().shape == (1, 49, 96)
+    assert windowed(bias_q=None, pattern=None).shape == (1, 49, 96)
+    assert windowed(bias_q=torch.zeros(1, 1, 7, 7, dtype=torch.int32), pattern=None).shape == (1, 49, 96)
+
+
+@pytest.mark.parametrize(
+    ("windows", "got"),
+    [
+        (torch.arange(49).view(7, 7), "int64 [7, 7]"),
+        (torch.arange(49).int(), "int32 [49]"),
+        (torch.arange(42).int().view(6, 7), "int32 [6, 7]"),
+        (torch.zeros(0, 7).int(), "int32 [0, 7]"),
+    ],
+    ids=["dtype", "rank", "tokens", "none"],
+)
+def test_windows_of_a_wrong_form_are_refused(windows: Tensor, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::attention: windows must be int32 \[W, S\].*, got {re.escape(got)}$"):
+        windowed(windows=windows)
+
+
+@pytest.mark.parametrize(
+    ("place", "token", "message"),
+    [
+        (0, 49, r"in 0\.\.48, got 0\.\.49"),
+        (9, -1, r"in 0\.\.48, got -1\.\.48"),
+        (48, 7, r"a permutation of 0\.\.48, got one without 0"),
+    ],
+    ids=["beyond", "negative", "twice"],
+)
+def test_windows_that_are_no_permutation_are_refused(place: int, token: int, message: str) -> None:
+    windows = torch.arange(48, -1, -1).int()
+    windows[place] = token
+    with pytest.raises(ValueError, match=rf"^vitq::attention: windows must be {message}$"):
+        windowed(windows=windows.view(7, 7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows": None, "bias_q": None}, r"None without windows, got int32 \[7\]"),
+        ({"bias_q": None}, r"None without a bias_q \[P, H, S, S\], got int32 \[7\]"),
+        ({"pattern": torch.zeros(7)}, r"int32 \[7\], got float32 \[7\]"),
+        ({"pattern": torch.zeros(6).int()}, r"int32 \[7\], got int32 \[6\]"),
+        ({"pattern": torch.arange(7).int()}, r"in 0\.\.1, got 0\.\.6"),
+        ({"pattern": torch.arange(7).int() // 6 - 1}, r"in 0\.\.1, got -1\.\.0"),
+    ],
+    ids=["no-windows", "no-bias", "dtype", "size", "beyond", "negative"],
+)
+def test_a_wrong_pattern_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^vitq::attention: pattern must be {message}$"):
+        windowed(**changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern"), [((2, 3, 7, 7), False), ((2, 2, 7, 7), True), ((1, 3, 49, 49), False), ((0, 3, 7, 7), True)]
+)
+def test_a_bias_that_does_not_fit_the_windows_is_refused(shape: tuple[int, ...], pattern: bool) -> None:
+    expected = [max(1, shape[0]) if pattern else 1, 3, 7, 7]
+    changes = {} if pattern else {"pattern": None}
+    if not shape[0]:
+        changes = {"pattern": torch.zeros(7, dtype=torch.int32)}
+    message = re.escape(f"bias_q must be int32, broadcasting to {expected}, got torch.int32 {list(shape)}")
+    with pytest.raises(ValueError, match=message):
+        windowed(bias_q=torch.zeros(shape, dtype=torch.int32), **changes)
+
+
+@pytest.mark.parametrize("name", ["windows", "pattern"])
+def test_windows_on_another_device_are_refused(name: str) -> None:
+    good = {"windows": torch.arange(49).int().view(7, 7), "pattern": torch.zeros(7, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=rf"^vitq::attention: {name} must be on cpu, got meta$"):
+        windowed(**{name: good[name].to("meta")})
 
 
 def test_attention_over_no_tokens_is_refused() -> None:

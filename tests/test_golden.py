@@ -70,6 +70,20 @@ def _attention() -> list[Tensor]:
     return result
 
 
+def _attention_windows() -> list[Tensor]:
+    q, k, v = (codes("random", (2, 3, 6 * 25, 32), seed=25 + i) for i in range(3))
+    windows = integers(0, 1 << 30, (150,), 28).argsort().int().view(6, 25)
+    m, z, pattern = multipliers((3, 32), 0, 29), integers(-20, 20, (3, 32), 30), integers(0, 3, (6,), 31)
+    bias_q = integers(-(1 << 14), 1 << 14, (4, 3, 25, 25), 32)
+    levels, kappa = torch.tensor([level_table(4, 0.5)] * 3, dtype=torch.uint8), multipliers((3,), -14, 33)
+    tables = (kappa, levels, m, z)
+    return [
+        reference.attention(q, k, v, *tables, None, None, 8, windows),
+        reference.attention(q, k, v, *tables, bias_q, None, 8, windows, pattern),
+        reference.attention(q, k, v, *tables, bias_q, multipliers((3,), 0, 34), 8, windows, pattern),
+    ]
+
+
 def _pack_codes() -> list[Tensor]:
     return [pack_codes(codes("random", (5, 147), bits, seed=20), bits) for bits in range(2, 9)]
 
@@ -89,6 +103,7 @@ OUTPUTS: dict[str, Callable[[], list[Tensor]]] = {
     "attention": _attention,
     "pack_codes": _pack_codes,
     "pack_weight": _pack_weight,
+    "attention_windows": _attention_windows,
 }
 
 

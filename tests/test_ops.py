@@ -19,12 +19,12 @@ import vitq_kernels.ops as ops
 from tests.conformance import Case, check_values, op_arguments, op_call
 from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, codes, integers, reals, uniform
-from tests.op_cases import ALL_CASES, CASES, DTYPES, SAMPLES
+from tests.op_cases import ALL_CASES, CASES, DTYPES, SAMPLES, WINDOWS
 from vitq_kernels.ops.cpu import primitives
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.spec import RowGroups
 
-EACH_OP = pytest.mark.parametrize("case", SAMPLES.values(), ids=list(SAMPLES))
+EACH_OP = pytest.mark.parametrize("case", [*SAMPLES.values(), WINDOWS[0]], ids=[*SAMPLES, "attention-windows"])
 
 
 def test_every_op_has_cases() -> None:
@@ -178,6 +178,20 @@ def test_attention_over_an_empty_batch(backend: BackendCase) -> None:
     x = SAMPLES["attention"].arguments
     empty = replace(SAMPLES["attention"], arguments=x | {k: x[k][:0] for k in "qkv"} | {"bias_q": None})
     assert op_call(empty, backend.name, backend.device)[0].shape == (0, 49, 96)
+
+
+def test_windows_over_an_empty_batch(backend: BackendCase) -> None:
+    x = WINDOWS[0].arguments
+    empty = replace(WINDOWS[0], arguments=x | {k: x[k][:0] for k in "qkv"})
+    assert op_call(empty, backend.name, backend.device)[0].shape == (0, 14 * 21, 96)
+
+
+def test_windows_of_views_of_a_fused_qkv(backend: BackendCase) -> None:
+    x = WINDOWS[0].arguments
+    fused = torch.stack([x[name].transpose(1, 2) for name in "qkv"], 2)
+    views = dict(zip("qkv", fused.permute(2, 0, 3, 1, 4), strict=True))
+    moved = replace(WINDOWS[0], arguments=x | views)
+    check_values(moved, backend.name, backend.device, like=WINDOWS[0])
 
 
 @pytest.mark.parametrize("case", CASES["linear_codes"] + CASES["linear_real"], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -206,6 +207,26 @@ def keys_for_queries(x: dict[str, Any]) -> None:
     x["q"], x["k"] = x["k"], x["q"]
 
 
+def windows_in_order(x: dict[str, Any]) -> None:
+    if x["windows"] is not None:
+        x["windows"] = x["windows"].flatten().sort().values.view(x["windows"].shape)
+
+
+def one_pattern_for_all(x: dict[str, Any]) -> None:
+    if x["pattern"] is not None:
+        x["pattern"] = torch.zeros_like(x["pattern"])
+
+
+def the_next_pattern(x: dict[str, Any]) -> None:
+    if x["pattern"] is not None:
+        x["pattern"] = x["pattern"].roll(1)
+
+
+def places_transposed(x: dict[str, Any]) -> None:
+    if x["windows"] is not None:
+        x["windows"] = x["windows"].mT.reshape(x["windows"].shape)
+
+
 ATTENTION_FAULTS = [
     no_zero_last_level,
     last_code_never_reached,
@@ -214,14 +235,19 @@ ATTENTION_FAULTS = [
     no_bias,
     no_inv_tau,
     keys_for_queries,
+    windows_in_order,
+    one_pattern_for_all,
+    the_next_pattern,
+    places_transposed,
 ]
-NAMES = ("q", "k", "v", "kappa", "levels", "multiplier", "zero_point", "bias_q", "inv_tau", "bits")
 
 
 @pytest.mark.parametrize("fault", ATTENTION_FAULTS, ids=lambda f: f.__name__)
 def test_attention_on_wrong_arguments_is_rejected(fault: Callable[[dict[str, Any]], None], plant: Plant) -> None:
     def attention(*arguments: Any) -> Tensor:
-        x = dict(zip(NAMES, arguments, strict=True))
+        given = inspect.signature(reference.attention).bind(*arguments)
+        given.apply_defaults()
+        x = dict(given.arguments)
         fault(x)
         return reference.attention(**x)
 
@@ -313,6 +339,22 @@ def test_a_wrong_normalisation_is_rejected(fault: Callable[..., Tensor], plant: 
         return y.round().clamp(fmt.qmin, fmt.qmax).to(torch.int8).transpose(1, 2).flatten(2)
 
     plant(attention_output=attention_output)
+    assert rejected("attention")
+
+
+def outputs_left_in_the_order_of_windows(out: Tensor, windows: Tensor) -> Tensor:
+    return out.reshape(len(out) // len(windows), windows.numel(), out.shape[-1])
+
+
+def outputs_gathered_a_second_time(out: Tensor, windows: Tensor) -> Tensor:
+    return outputs_left_in_the_order_of_windows(out, windows)[:, windows.flatten().long()]
+
+
+@pytest.mark.parametrize(
+    "fault", [outputs_left_in_the_order_of_windows, outputs_gathered_a_second_time], ids=lambda f: f.__name__
+)
+def test_windows_not_undone_are_rejected(fault: Callable[..., Tensor], plant: Plant) -> None:
+    plant(scatter_windows=fault)
     assert rejected("attention")
 
 

@@ -22,7 +22,13 @@ from tests.numerics import (
     reals,
     uniform,
 )
-from tests.op_cases import attention_case, near_tie_attention, near_tie_normalised_attention, zero_points
+from tests.op_cases import (
+    attention_case,
+    near_tie_attention,
+    near_tie_normalised_attention,
+    window_case,
+    zero_points,
+)
 from tests.twins import codes_of, tensor_of
 from vitq_kernels.ops import reference
 
@@ -148,6 +154,15 @@ NORMALISED = [
     for log2_bits, tau in ((2, 1.0), (4, 0.5))
     for number, kind in enumerate(CODE_KINDS)
 ]
+WINDOWED = [
+    window_case(2, 2, (4, 6, 2, shift), 4, bias, kind, 3, normalised=normalised)
+    for shift, bias, kind, normalised in (
+        (0, "none", "random", False),
+        (1, "patterns", "extreme", False),
+        (1, "heads", "random", True),
+        (0, "one", "one_sided", True),
+    )
+] + [window_case(2, 2, (5, 3, 0, 0), 4, "patterns")]
 NEAR_TIES = [near_tie_attention(), near_tie_normalised_attention()]
 
 
@@ -165,6 +180,46 @@ def test_attention(case: Case) -> None:
             head = twins.attention_head(*(t[i, j].tolist() for t in (x["q"], x["k"], x["v"], bias)), *per_head)
             expected[i, :, j * d : (j + 1) * d] = codes_of(head)
     assert_bitwise_equal(reference.attention(**x), expected)
+
+
+@pytest.mark.parametrize("case", WINDOWED, ids=lambda case: case.label)
+def test_attention_inside_windows(case: Case) -> None:
+    x = case.arguments
+    b, h, tokens, d = x["q"].shape
+    windows, kappa, multiplier = x["windows"].tolist(), twins.fractions(x["kappa"]), twins.fractions(x["multiplier"])
+    s = len(windows[0])
+    expected = torch.empty(b, tokens, h * d, dtype=torch.int8)
+    for image in range(b):
+        for head in range(h):
+            per_head = (kappa[head], x["levels"][head].tolist(), multiplier[head], x["zero_point"][head].tolist())
+            per_head += (None if x["inv_tau"] is None else twins.fractions(x["inv_tau"])[head], x["bits"])
+            for number, members in enumerate(windows):
+                bias = [[0] * s] * s
+                if x["bias_q"] is not None:
+                    which = 0 if x["pattern"] is None else int(x["pattern"][number])
+                    bias = x["bias_q"][which, head % x["bias_q"].shape[1]].tolist()
+                q, k, v = ([x[name][image, head, token].tolist() for token in members] for name in "qkv")
+                rows = codes_of(twins.attention_head(q, k, v, bias, *per_head))
+                for token, row in zip(members, rows, strict=True):
+                    expected[image, token, head * d : (head + 1) * d] = row
+    assert_bitwise_equal(reference.attention(**x), expected)
+
+
+@pytest.mark.parametrize("shift", [0, 3], ids=["as-they-lie", "shifted"])
+def test_windows_are_a_partition_of_the_shifted_image(shift: int) -> None:
+    """As Swin has it: roll, cut into windows, attend, put together, roll back."""
+    x = window_case(2, 3, (14, 21, 7, shift), 8, "patterns").arguments
+    b, h, _, d = x["q"].shape
+
+    def partition(codes: Tensor) -> Tensor:
+        rolled = codes.view(b, h, 14, 21, d).roll((-shift, -shift), (2, 3))
+        return rolled.view(b, h, 2, 7, 3, 7, d).permute(0, 2, 4, 1, 3, 5, 6).reshape(b * 6, h, 49, d)
+
+    kinds = [(row // 7 == 1) * 2 + (column // 7 == 2) if shift else 0 for row in (0, 7) for column in (0, 7, 14)]
+    parts = {name: partition(x[name]) for name in "qkv"}
+    plain = x | parts | {"bias_q": x["bias_q"][kinds].repeat(b, 1, 1, 1), "windows": None, "pattern": None}
+    places = reference.attention(**plain).view(b, 2, 3, 7, 7, h * d).transpose(2, 3).reshape(b, 14, 21, h * d)
+    assert_bitwise_equal(reference.attention(**x), places.roll((shift, shift), (1, 2)).flatten(1, 2))
 
 
 def test_log2_of_a_ratio_has_one_value_and_is_a_logarithm() -> None:

@@ -24,12 +24,12 @@ from vitq_kernels.ops.checks import (
     FLOAT_DTYPES,
     check_affine,
     check_approximate,
+    check_attention,
     check_devices,
     check_patches,
     check_tensor,
     check_weight,
     check_width,
-    describe,
     fail,
 )
 from vitq_kernels.ops.reference import SEMANTICS_VERSION
@@ -72,7 +72,8 @@ def _op(schema: str) -> Callable[[Callable[..., Plan]], Callable[..., Any]]:
         @torch.no_grad()  # integers have none, and torch refuses parameters where it writes in place
         def real(*args: Any) -> Any:  # contiguous, as the fake says
             plan(*args)
-            outputs = implementation(name, args[0].device.type, *(args[i] for i in layout))(*(args[i] for i in kept))
+            given = (args[i] for i in kept if i < len(args))  # torch leaves out last arguments that are the default
+            outputs = implementation(name, args[0].device.type, *(args[i] for i in layout))(*given)
             return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(t.contiguous() for t in outputs)
 
         torch.library.register_fake(qualified, fake)
@@ -260,7 +261,7 @@ def linear_per_token(
 
 @_op(
     "(Tensor q, Tensor k, Tensor v, Tensor kappa, Tensor levels, Tensor multiplier, Tensor zero_point, "
-    "Tensor? bias_q, Tensor? inv_tau, int bits) -> Tensor"
+    "Tensor? bias_q, Tensor? inv_tau, int bits, Tensor? windows=None, Tensor? pattern=None) -> Tensor"
 )
 def attention(
     q: Tensor,
@@ -273,28 +274,9 @@ def attention(
     bias_q: Tensor | None,
     inv_tau: Tensor | None,
     bits: int,
+    windows: Tensor | None = None,
+    pattern: Tensor | None = None,
 ) -> Plan:
-    """Log2-quantized softmax attention of codes [B, H, S, D] to codes [B, S, H * D]."""
-    op = "attention"
-    check_tensor(op, "q", q, torch.int8, ("B", "H", "S", "D"))
-    b, h, s, d = q.shape
-    if s == 0:
-        fail(op, "q", "int8 [B, H, S, D] with S > 0", describe(q))
-    for argument, tensor in (("k", k), ("v", v)):
-        check_tensor(op, argument, tensor, torch.int8, (b, h, s, d))
-    check_tensor(op, "kappa", kappa, torch.float32, (h,))
-    check_tensor(op, "levels", levels, torch.uint8, (h, "L"))
-    if levels.shape[1] not in (4, 8, 16, 32, 64, 128, 256):
-        fail(op, "levels", "uint8 [H, 2^b] with b in 2..8", list(levels.shape))
-    check_tensor(op, "multiplier", multiplier, torch.float32, (h, d))
-    check_tensor(op, "zero_point", zero_point, torch.int32, (h, d))
-    if bias_q is not None:
-        fits = bias_q.dim() == 4 and all(x in (1, y) for x, y in zip(bias_q.shape, (b, h, s, s), strict=True))
-        if bias_q.dtype != torch.int32 or not fits:
-            fail(op, "bias_q", f"int32, broadcasting to {[b, h, s, s]}", f"{bias_q.dtype} {list(bias_q.shape)}")
-    if inv_tau is not None:
-        check_tensor(op, "inv_tau", inv_tau, torch.float32, (h,))
-    check_devices(op, q, k=k, v=v, kappa=kappa, levels=levels, multiplier=multiplier)
-    check_devices(op, q, zero_point=zero_point, bias_q=bias_q, inv_tau=inv_tau)
-    check_width(op, bits)
-    return [([b, s, h * d], torch.int8)]
+    """Log2-quantized softmax attention, of all tokens or inside windows: codes [B, H, L, D] to [B, L, H * D]."""
+    tables = (kappa, levels, multiplier, zero_point)
+    return [(check_attention(q, k, v, *tables, bias_q, inv_tau, bits, windows, pattern), torch.int8)]

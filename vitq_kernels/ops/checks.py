@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from vitq_kernels.ops import bit_planes, mma_fragments
 from vitq_kernels.spec import check_bits
@@ -13,7 +15,7 @@ from vitq_kernels.spec import check_bits
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def fail(op: str, argument: str, expected: str, got: object) -> None:
+def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     """Raises the ValueError that every check ends in."""
     raise ValueError(f"vitq::{op}: {argument} must be {expected}, got {got}")
 
@@ -80,6 +82,92 @@ def check_approximate(op: str, approximate: str) -> None:
     """Checks the form of GELU."""
     if approximate not in ("none", "tanh"):
         fail(op, "approximate", "'none' or 'tanh'", repr(approximate))
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    levels: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor,
+    bias_q: Tensor | None,
+    inv_tau: Tensor | None,
+    bits: int,
+    windows: Tensor | None,
+    pattern: Tensor | None,
+) -> list[int]:
+    """Checks the arguments of attention. Returns the shape of its output, [B, L, H * D].
+
+    What ``windows`` and ``pattern`` hold is checked on a CPU alone: of a GPU only a copy to the host could tell.
+    """
+    op = "attention"
+    form = ("B", "H", "S", "D") if windows is None else ("B", "H", "L", "D")
+    check_tensor(op, "q", q, torch.int8, form)
+    b, h, tokens, d = q.shape
+    if tokens == 0:
+        fail(op, "q", f"int8 [{', '.join(form)}] with {form[2]} > 0", describe(q))
+    for argument, tensor in (("k", k), ("v", v)):
+        check_tensor(op, argument, tensor, torch.int8, (b, h, tokens, d))
+    check_tensor(op, "kappa", kappa, torch.float32, (h,))
+    check_tensor(op, "levels", levels, torch.uint8, (h, "L"))
+    if levels.shape[1] not in (4, 8, 16, 32, 64, 128, 256):
+        fail(op, "levels", "uint8 [H, 2^b] with b in 2..8", list(levels.shape))
+    check_tensor(op, "multiplier", multiplier, torch.float32, (h, d))
+    check_tensor(op, "zero_point", zero_point, torch.int32, (h, d))
+    biases, s = _check_windows(op, b, tokens, bias_q, windows, pattern)
+    if bias_q is not None:
+        fits = bias_q.dim() == 4 and all(x in (1, y) for x, y in zip(bias_q.shape, (biases, h, s, s), strict=True))
+        if bias_q.dtype != torch.int32 or not fits:
+            fail(op, "bias_q", f"int32, broadcasting to {[biases, h, s, s]}", f"{bias_q.dtype} {list(bias_q.shape)}")
+    if inv_tau is not None:
+        check_tensor(op, "inv_tau", inv_tau, torch.float32, (h,))
+    check_devices(op, q, k=k, v=v, kappa=kappa, levels=levels, multiplier=multiplier, zero_point=zero_point)
+    check_devices(op, q, bias_q=bias_q, inv_tau=inv_tau, windows=windows, pattern=pattern)
+    check_width(op, bits)
+    return [b, tokens, h * d]
+
+
+def _check_windows(
+    op: str, images: int, tokens: int, bias_q: Tensor | None, windows: Tensor | None, pattern: Tensor | None
+) -> tuple[int, int]:
+    """Checks windows and patterns. Returns how many biases there may be, and the length of a sequence."""
+    if windows is None:
+        if pattern is not None:
+            fail(op, "pattern", "None without windows", describe(pattern))
+        return images, tokens
+    check_tensor(op, "windows", windows, torch.int32, ("W", "S"))
+    count, places = windows.shape
+    if count * places != tokens:
+        fail(op, "windows", f"int32 [W, S] with W * S = L = {tokens}", describe(windows))
+    _check_permutation(op, "windows", windows)
+    if pattern is None:
+        return 1, places
+    check_tensor(op, "pattern", pattern, torch.int32, (count,))
+    if bias_q is None or not bias_q.dim():
+        fail(op, "pattern", "None without a bias_q [P, H, S, S]", describe(pattern))
+    patterns = max(1, bias_q.shape[0])
+    _check_range(op, "pattern", pattern, patterns)
+    return patterns, places
+
+
+def _check_permutation(op: str, argument: str, values: Tensor) -> None:
+    """Checks that a tensor holds each of 0..numel-1, where that needs no waiting for a GPU."""
+    if values.device.type != "cpu" or is_fake(values):
+        return
+    _check_range(op, argument, values, values.numel())
+    missing = torch.ones(values.numel(), dtype=torch.int8).index_fill_(0, values.flatten().long(), 0)
+    if missing.any():
+        fail(op, argument, f"a permutation of 0..{values.numel() - 1}", f"one without {int(missing.argmax())}")
+
+
+def _check_range(op: str, argument: str, values: Tensor, count: int) -> None:
+    """Checks that a tensor holds numbers from 0 to count - 1, where that needs no waiting for a GPU."""
+    if values.device.type == "cpu" and not is_fake(values):
+        low, high = (int(x) for x in values.aminmax())
+        if low < 0 or high >= count:
+            fail(op, argument, f"in 0..{count - 1}", f"{low}..{high}")
 
 
 def check_weight(op: str, a: Tensor, weight: Sequence[Tensor], layout: str, rows: int) -> None:

@@ -243,8 +243,10 @@ def attention(
     bias_q: Tensor | None,
     inv_tau: Tensor | None,
     bits: int,
+    windows: Tensor | None = None,
+    pattern: Tensor | None = None,
 ) -> Tensor:
-    """S4, log2-quantized softmax attention in integers.
+    """S4, log2-quantized softmax attention in integers, over all tokens or inside each window.
 
     ::
 
@@ -256,20 +258,31 @@ def attention(
     With ``inv_tau`` the codes are those of the normalised probability (``attention_offset``,
     ``attention_offset_codes``), o is taken over them, and ``levels[h, 0]`` stands for Z[i] in the last line.
 
+    With ``windows`` each window is a sequence by itself: its S places hold the tokens that it names, and the output of
+    a place goes to the place's token. Partition, cyclic shift and their reverse (Swin, arXiv:2103.14030) are one table.
+
     Args:
-        q, k, v: int8 [B, H, S, D].
+        q, k, v: int8 [B, H, L, D]; S = L without windows.
         kappa: float32 [H], code steps per unit of acc, > 0.
         levels: uint8 [H, 2^b], level of each code relative to the row maximum; levels[:, 0] > 0.
         multiplier: float32 [H, D], v scale over output scale.
         zero_point: int32 [H, D], of the output codes.
         bias_q: int32, broadcasts to [B, H, S, S], in units of acc, magnitude at most 2^29 (so that no distance
-            overflows); or None.
+            overflows); or None. With windows: to [P, H, S, S], P patterns.
         inv_tau: float32 [H], code steps per factor of two, > 0; or None.
         bits: width of the output codes.
+        windows: int32 [W, S], the token at each place of each window, a permutation of 0..L-1; or None.
+        pattern: int32 [W], in 0..P-1: the bias that a window takes; None: all take the only one.
 
     Returns:
-        int8 [B, S, H * D].
+        int8 [B, L, H * D].
     """
+    if windows is not None:
+        q, k, v = (gather_windows(t, windows) for t in (q, k, v))
+        if bias_q is not None and pattern is not None:
+            bias_q = bias_q[pattern.long()].repeat(len(q) // len(pattern), 1, 1, 1)
+        out = attention(q, k, v, kappa, levels, multiplier, zero_point, bias_q, inv_tau, bits)
+        return scatter_windows(out, windows)
     acc = int_matmul(q, k.transpose(-2, -1))
     if bias_q is not None:
         acc = acc + bias_q
@@ -284,6 +297,17 @@ def attention(
         probability, total = levels.int()[heads, codes], largest
     out = int_matmul(probability, v)
     return attention_output(out, total, multiplier, zero_point, bits)
+
+
+def gather_windows(x: Tensor, windows: Tensor) -> Tensor:
+    """Tokens [B, H, L, D] in the order of int32 windows [W, S]: [B * W, H, S, D]."""
+    return x[:, :, windows.long()].transpose(1, 2).flatten(0, 1)
+
+
+def scatter_windows(out: Tensor, windows: Tensor) -> Tensor:
+    """Places [B * W, S, C] of int32 windows [W, S] back at their tokens: [B, L, C]."""
+    places = out.reshape(len(out) // len(windows), windows.numel(), out.shape[-1])
+    return torch.empty_like(places).index_copy_(1, windows.flatten().long(), places)
 
 
 def attention_codes(distance: Tensor, kappa: Tensor, levels: int) -> Tensor:

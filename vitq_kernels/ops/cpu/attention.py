@@ -77,6 +77,23 @@ def _groups(images: int, heads: int, size: int) -> Iterator[slice]:
             yield from (slice(first + part.start, first + part.stop) for part in slices(heads, size))
 
 
+@dataclass(frozen=True)
+class _Bias:
+    """Biases [P, H, S, S], and which one each sequence takes: int64 [B]; None: B = P, each its own."""
+
+    rows: Tensor
+    pattern: Tensor | None
+
+    def add_to(self, acc: Tensor, heads: slice) -> None:
+        """Adds to the scores [G, S, S] of some heads what their sequences take."""
+        per_image = self.rows.shape[1]
+        (image, head), last = divmod(heads.start, per_image), (heads.stop - 1) // per_image
+        rows = self.rows[:, head : head + heads.stop - heads.start]
+        images = slice(image, last + 1)
+        part = rows[images] if self.pattern is None else rows.index_select(0, self.pattern[images])
+        acc.view(part.shape).add_(part)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -88,29 +105,62 @@ def attention(
     bias_q: Tensor | None,
     inv_tau: Tensor | None,
     bits: int,
+    windows: Tensor | None = None,
+    pattern: Tensor | None = None,
 ) -> Tensor:
-    """``reference.attention``.
+    """``reference.attention``. Windows are gathered once, and are sequences from there on."""
+    tables = _Tables.of(kappa, levels, len(q) * (1 if windows is None else len(windows)))
+    tail = (tables, multiplier, zero_point, inv_tau, bits)
+    (b, h, tokens, d), bias = q.shape, None
+    if windows is None:
+        if bias_q is not None:
+            bias = _Bias(bias_q.expand(b, h, tokens, tokens), None)
+        q, k, v = (t.reshape(b * h, tokens, d) for t in (q, k, v))
+        out = _sequences(q, k, v, bias, *tail)
+        return out.view(b, h, tokens, d).transpose(1, 2).flatten(2)
+    count, s = windows.shape
+    if bias_q is not None and pattern is None:
+        bias = _Bias(bias_q.expand(b * count, h, s, s), None)
+    elif bias_q is not None and pattern is not None:
+        bias = _Bias(bias_q.expand(-1, h, s, s).contiguous(), pattern.long().repeat(b))
+    places = windows.flatten().long()
+    # By whole tokens, which is several times as fast as by channels of a head.
+    ordered = (t.transpose(1, 2).reshape(b, tokens, h * d).index_select(1, places) for t in (q, k, v))
+    q, k, v = (t.view(b, count, s, h, d).transpose(2, 3).reshape(b * count * h, s, d) for t in ordered)
+    out = _sequences(q, k, v, bias, *tail)
+    ordered_out = out.view(b, count, h, s, d).transpose(2, 3).reshape(b, tokens, h * d)
+    return ordered_out.index_select(1, places.argsort())
+
+
+def _sequences(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: _Bias | None,
+    tables: _Tables,
+    multiplier: Tensor,
+    zero_point: Tensor,
+    inv_tau: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """``reference.attention`` of int8 [G, S, D], heads of a sequence one after the other, to codes [G, S, D].
 
     The GEMM takes int8, so it sums levels less LEVEL_CENTRE; LEVEL_CENTRE times the sum of v is added to its result. A
     column of ones beside v gives the sum of levels.
     """
-    b, h, s, d = q.shape
-    queries, keys = (t.reshape(b * h, s, d).contiguous() for t in (q, k))
-    values = torch.cat([v, torch.ones_like(v[..., :1])], -1).view(b * h, s, d + 1)
+    (g, s, d), h = queries.shape, len(multiplier)
+    queries, keys = queries.contiguous(), keys.contiguous()
+    values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
     left_out = LEVEL_CENTRE * values.sum(1, keepdim=True, dtype=torch.int32)
-    tables = _Tables.of(kappa, levels, b)
-    scales, zeros = (t.repeat(b, 1)[:, None] for t in (multiplier, zero_point))
-    bias = None if bias_q is None else bias_q.expand(b, h, s, s)
-    taus = None if inv_tau is None else inv_tau.repeat(b)
-    out = torch.empty(b * h, s, d, dtype=torch.int8)
-    for heads in _groups(b, h, tile_rows(s * s)):
+    scales, zeros = (t.repeat(g // h, 1)[:, None] for t in (multiplier, zero_point))
+    taus = None if inv_tau is None else inv_tau.repeat(g // h)
+    out = torch.empty(g, s, d, dtype=torch.int8)
+    for heads in _groups(g // h, h, tile_rows(s * s)):
         count = heads.stop - heads.start
         acc = torch.empty(count, s, s, dtype=torch.int32)
         matmul_into(acc, queries[heads], keys[heads].mT)
         if bias is not None:
-            (image, head), last = divmod(heads.start, h), (heads.stop - 1) // h
-            part = bias[image : last + 1, head : head + count]
-            acc.view(part.shape).add_(part)
+            bias.add_to(acc, heads)
         drop = acc.sub_(acc.amax(-1, keepdim=True))  # minus the distance to the row's maximum
         probability = tables.probabilities(tables.codes(drop, heads))
         if taus is not None:
@@ -123,4 +173,4 @@ def attention(
         scale = scales[heads] * (torch.ones_like(total) / total)
         output = product[..., :d].float()
         requantise_into(out[heads], output, scale, zeros[heads], bits, output)
-    return out.view(b, h, s, d).transpose(1, 2).flatten(2)
+    return out

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitq_kernels.ops import reference
 from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.launch import launch, pointer, refuse
 
@@ -25,8 +26,16 @@ def attention(
     bias_q: Tensor | None,
     inv_tau: Tensor | None,
     bits: int,
+    windows: Tensor | None = None,
+    pattern: Tensor | None = None,
 ) -> Tensor:
-    """``reference.attention``."""
+    """``reference.attention``. Windows are gathered into sequences first."""
+    if windows is not None:
+        q, k, v = (reference.gather_windows(t, windows) for t in (q, k, v))
+        if bias_q is not None and pattern is not None:
+            bias_q = bias_q[pattern.long()].repeat(len(q) // len(pattern), 1, 1, 1)
+        out = attention(q, k, v, kappa, levels, multiplier, zero_point, bias_q, inv_tau, bits)
+        return reference.scatter_windows(out, windows)
     b, h, s, d = q.shape
     if d > LARGEST_D:
         refuse("attention", q, f"takes head dims up to {LARGEST_D}, got {d}")
