@@ -21,7 +21,7 @@ from torch import Tensor
 
 import vitq_kernels as vitq
 from benchmarks.vit_tiny import RESULTS, VitTiny, write_rows
-from vitq_kernels import converter
+from vitq_kernels import attention_converter, site_converter
 from vitq_kernels.observers import WIDTHS
 
 # Settings that take one ingredient out.
@@ -57,8 +57,8 @@ def one_step_a_layer(stats: vitq.CalibrationStats) -> vitq.CalibrationStats:
 
 # Ingredients without a setting are taken out by another function in their place.
 REPLACED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "q and k not equalised": lambda: patch.object(converter, "query_key_scales", unequalised),
-    "class-specific channels keep their ranges": lambda: patch.object(converter, "CLASS_MARGIN", 1.0),
+    "q and k not equalised": lambda: patch.object(attention_converter, "query_key_scales", unequalised),
+    "class-specific channels keep their ranges": lambda: patch.object(site_converter, "CLASS_MARGIN", 1.0),
 }
 
 

@@ -47,7 +47,7 @@ def random_vit(timm_name: str) -> nn.Module:
 def quantized(model: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
     """The same on integers, calibrated on random images."""
     images = torch.randn(CALIBRATION_IMAGES, CHANNELS_IN, *_size(model), generator=torch.Generator().manual_seed(SEED))
-    plan = vitq.BitAllocation.uniform(vitq.vit_sites(model), weight_bits, activation_bits)
+    plan = vitq.BitAllocation.uniform(vitq.model_sites(model), weight_bits, activation_bits)
     return vitq.quantize(model, images, plan, config=FAST)
 
 

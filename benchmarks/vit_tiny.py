@@ -34,7 +34,7 @@ class VitTiny:
 
     def __init__(self, assets: Path) -> None:
         self.model = load_model(assets)
-        self.sites = vitq.vit_sites(self.model)
+        self.sites = vitq.model_sites(self.model)
         transform = eval_transform(self.model)
         self.images: Tensor = load_folder(assets / "calibration", transform, CALIBRATION_IMAGES, SEED)[0]
         self.batches = list(ImageFolder.scan(assets / "evaluation").batches(transform, 20))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.numerics import integers, uniform
 from vitq_kernels.convert import quantize
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import model_sites
 from vitq_kernels.spec import BitAllocation, RowGroups, SiteBits
 
 CALIBRATION_IMAGES = 32
@@ -64,14 +64,14 @@ def variant_images(variant: str = "class-token", count: int = CALIBRATION_IMAGES
 def variant_quantized(variant: str, weight_bits: int = 8, activation_bits: int = 8) -> nn.Module:
     """``variant_vit`` on integer modules. Shared between tests: copy it before changing it."""
     model = variant_vit(variant)
-    allocation = BitAllocation.uniform(vit_sites(model), weight_bits, activation_bits)
+    allocation = BitAllocation.uniform(model_sites(model), weight_bits, activation_bits)
     return quantize(model, variant_images(variant), allocation)
 
 
 def mixed_allocation(model: nn.Module, seed: int = 0, activation_bits: int = 8) -> BitAllocation:
     """Every block linear in row groups of 16 of random widths 2..8, rows reordered inside their tiles."""
     result = {}
-    for index, site in enumerate(vit_sites(model)):
+    for index, site in enumerate(model_sites(model)):
         if not site.has_weight:
             result[site.name] = SiteBits(activation_bits)
         elif not site.in_block:

@@ -40,7 +40,7 @@ def w8a8(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
     net.load_state_dict(load_file(assets / WEIGHTS))
     transform = eval_transform(net)
     calibration, _ = load_folder(assets / "calibration", transform, 64, seed=0)
-    model = vitq.quantize(net, calibration, vitq.BitAllocation.uniform(vitq.vit_sites(net), 8))
+    model = vitq.quantize(net, calibration, vitq.BitAllocation.uniform(vitq.model_sites(net), 8))
     path = tmp_path_factory.mktemp("assets") / "w8a8.safetensors"
     vitq.save(model, path)
     return Quantized(model, path, load_folder(assets / "evaluation", transform, 2, seed=0)[0])

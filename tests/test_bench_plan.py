@@ -25,7 +25,7 @@ from benchmarks.kernel_targets import CUBLAS, INT_MM, UNFUSED
 from benchmarks.vit_shapes import BATCHES, CLASSES, VITS, ViTShape
 from tests.conformance import reference_call
 from tests.op_cases import CASES
-from vitq_kernels.models import vit_parts
+from vitq_kernels.models import model_parts
 from vitq_kernels.ops import reference
 from vitq_kernels.ops.backends import BACKENDS
 
@@ -36,10 +36,10 @@ SMALL = ViTShape("tiny", "", channels=32, heads=2, depth=1, patch=8, image=16)  
 @pytest.mark.parametrize("vit", VITS, ids=lambda vit: vit.name)
 def test_shapes_are_timms(vit: ViTShape) -> None:
     with torch.device("meta"):
-        parts = vit_parts(timm.create_model(vit.timm_name, num_classes=CLASSES))
+        parts = model_parts(timm.create_model(vit.timm_name, num_classes=CLASSES))
     block, batch = parts.blocks[0], 2
-    assert (len(parts.blocks), block.num_heads, block.head_dim) == (vit.depth, vit.heads, vit.head_dim)
-    layers = {"qkv": block.qkv, "proj": block.proj, "fc1": block.fc1, "fc2": block.fc2, "head": parts.heads["head"]}
+    assert (len(parts.blocks), block.attn.num_heads, block.attn.head_dim) == (vit.depth, vit.heads, vit.head_dim)
+    layers = {name.rpartition(".")[2]: layer for name, layer in block.linears.items()} | {"head": parts.heads["head"]}
     wanted = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
     wanted["patch_embed"] = (parts.patch_proj.weight.shape[0], parts.patch_proj.weight[0].numel())
     got = {name: (n, k) for name, _, _, n, k in linear_layers(vit, batch)}

@@ -14,7 +14,7 @@ from tests.numerics import assert_bitwise_equal
 from tests.small_vits import VARIANTS, variant_images, variant_vit
 from vitq_kernels import calibration
 from vitq_kernels.calibration import CalibrationStats, Calibrator, calibrate, image_batches, input_covariances
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import model_sites
 from vitq_kernels.observers import tau_errors
 
 SOME = ("class-token", "average-pool", "distilled", "no-qkv-bias", "dynamic-pad", "layer-scale")
@@ -34,7 +34,7 @@ def tensors_of(stats: CalibrationStats) -> dict[str, Tensor]:
 def seen_by_hooks(model: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Input and output [tokens, channels] of every site with a weight, through hooks of the test's own."""
     inputs, outputs, handles = {}, {}, []
-    for site in vit_sites(model):
+    for site in model_sites(model):
         if site.has_weight:
 
             def hook(module: nn.Module, args: tuple[Tensor], out: Tensor, name: str = site.name) -> None:
@@ -316,5 +316,5 @@ def test_batches_come_in_the_given_size() -> None:
 def test_every_variant_calibrates(variant: str) -> None:
     model = variant_vit(variant)
     stats = calibrate(model, variant_images(variant, 2))
-    assert set(stats.inputs) == {site.name for site in vit_sites(model) if site.has_weight}
+    assert set(stats.inputs) == {site.name for site in model_sites(model) if site.has_weight}
     assert all(bool(t.isfinite().all()) for name, t in tensors_of(stats).items() if not name.startswith("tau_error"))

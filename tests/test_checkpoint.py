@@ -32,7 +32,7 @@ from tests.small_vits import (
 from vitq_kernels import calibration, checkpoint, tensor_file
 from vitq_kernels.checkpoint import CheckpointError, content_hash, load, save
 from vitq_kernels.convert import quantize
-from vitq_kernels.models import build_vit, vit_config, vit_sites
+from vitq_kernels.models import build_model, model_config, model_sites
 from vitq_kernels.nn import PackedLinear
 from vitq_kernels.ops import SEMANTICS_VERSION, use_backend
 from vitq_kernels.replace import replace_linears
@@ -203,9 +203,9 @@ def test_the_file_is_its_tensors_and_a_header(mixed: nn.Module, tmp_path: Path) 
 def test_a_real_model_is_little_more_than_its_weights(bits: int, most: float) -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224")
-    sites = vit_sites(model)
+    sites = model_sites(model)
     allocation = BitAllocation.uniform(sites, bits)
-    skeleton = quantized_skeleton(build_vit(vit_config(model), "meta"), allocation)
+    skeleton = quantized_skeleton(build_model(model_config(model), "meta"), allocation)
     size = sum(t.numel() * t.element_size() for t in skeleton.state_dict().values())
     assert 1 < size / allocation.weight_bytes(sites) < most
 

@@ -139,7 +139,7 @@ def test_allocate_keeps_the_budget(
     out, copy = tmp_path / "b.json", tmp_path / "copy.json"
     scores = ("--scores", work / "scores.json")
     result = run("allocate", "vitq_test_tiny", *data, *scores, *budget, "-o", out, "--json", copy)
-    bits, sites = vitq.BitAllocation.from_json(out.read_text()), vitq.vit_sites(net)
+    bits, sites = vitq.BitAllocation.from_json(out.read_text()), vitq.model_sites(net)
     name, limit = budget
     block = [(s, bits.sites[s.name].weight) for s in sites if s.in_block and s.has_weight]
     spent = {
@@ -196,12 +196,12 @@ def test_quantize_writes_a_model_of_these_widths(
         "executes": "integers",
         "weight_bytes": packed_bytes(out),
         "float_bytes": bytes_in_float32(net),
-        "mean_weight_bits": plan.mean_weight_bits(vitq.vit_sites(net)),
+        "mean_weight_bits": plan.mean_weight_bits(vitq.model_sites(net)),
     }
     assert told["weight_bytes"] == bytes_by_formula(net, json.loads(plan.to_json()))
     assert f"{told['weight_bytes']:,} bytes" in result.out
     if "--weight-bits" in words:
-        assert plan == vitq.BitAllocation.uniform(vitq.vit_sites(net), 3, 6)
+        assert plan == vitq.BitAllocation.uniform(vitq.model_sites(net), 3, 6)
     if "--bits" in words:
         assert plan == vitq.BitAllocation.from_json((work / "bits.json").read_text())
     if "--mean-weight-bits" in words:

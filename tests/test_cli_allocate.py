@@ -17,7 +17,7 @@ from vitq_kernels.latency import KernelTime, KernelTimes
 from vitq_kernels.sensitivity import Sensitivity
 from vitq_kernels.spec import Site
 
-SITES = vitq.vit_sites(timm.create_model("vitq_test_tiny"))
+SITES = vitq.model_sites(timm.create_model("vitq_test_tiny"))
 BLOCK = [site for site in SITES if site.in_block]
 
 

@@ -152,7 +152,7 @@ def test_refuses(arguments: tuple[Any, ...], message: str) -> None:
 
 @pytest.mark.parametrize("mean", [2.0, 2.5, 3.0, 4.0, 8.0])
 def test_equal_bytes_are_those_of_uniform_models(net: nn.Module, mean: float) -> None:
-    sites = vitq.vit_sites(net)
+    sites = vitq.model_sites(net)
     low, high = (BitAllocation.uniform(sites, bits).weight_bytes(sites) for bits in (int(mean), math.ceil(mean)))
     assert equal_bytes(sites, mean) == (low + high) // 2 if mean == 2.5 else low
 
@@ -160,7 +160,7 @@ def test_equal_bytes_are_those_of_uniform_models(net: nn.Module, mean: float) ->
 @pytest.mark.parametrize("method", [name for name in FAST if name != "random"])
 def test_allocations_take_the_bytes_of_uniform_and_no_more(net: nn.Module, full: Comparison, method: str) -> None:
     """They may be below by what the widening of the largest group and the row orders of tiles left whole would take."""
-    sites = vitq.vit_sites(net)
+    sites = vitq.model_sites(net)
     budget = BitAllocation.uniform(sites, int(MEAN)).weight_bytes(sites)
     used = row_of(full, f"{method} allocation").weight_bytes
     assert used is not None
@@ -187,7 +187,7 @@ def test_allocations_are_those_of_allocate(
     expected = vitq.allocate(
         net,
         None if method in WITHOUT_SCORES else bench._kept[rules_of(method)][0],
-        vitq.Budget(size_mb=equal_bytes(vitq.vit_sites(net), 2.75) / 1e6),
+        vitq.Budget(size_mb=equal_bytes(vitq.model_sites(net), 2.75) / 1e6),
         images=calibration,
         strategy=method,
         sensitivity=[bench._sensitivity(pairs=True)] if method in BY_SENSITIVITY else (),
@@ -212,7 +212,7 @@ def test_presets_take_the_bytes_of_uniform(full: Comparison) -> None:
 def test_numbers_are_those_of_evaluate(
     method: str, net: nn.Module, calibration: Tensor, batches: list[tuple[Tensor, Tensor]], full: Comparison
 ) -> None:
-    sites = vitq.vit_sites(net)
+    sites = vitq.model_sites(net)
     widths = BitAllocation.uniform(sites, 3)
     if method == "relevance":
         budget = vitq.Budget(size_mb=widths.weight_bytes(sites) / 1e6)
@@ -232,7 +232,7 @@ def test_drop_and_agreement_of_a_model_that_suffers() -> None:
     labels[:3] = (labels[:3] + 1) % 10  # the float model has errors too
     batches = [(images, labels)]
     row = compare(digits, calibration, batches, pairs=[(2, 2)], methods=["uniform"]).rows[0]
-    qmodel = vitq.quantize(digits, calibration, BitAllocation.uniform(vitq.vit_sites(digits), 2, 2))
+    qmodel = vitq.quantize(digits, calibration, BitAllocation.uniform(vitq.model_sites(digits), 2, 2))
     expected = vitq.evaluate(qmodel, batches, float_model=digits)
     assert (row.top1, row.agreement) == (expected.top1, expected.agreement)
     assert row.drop == pytest.approx(expected.float_top1 - expected.top1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.numerics import reals, uniform
 from vitq_kernels.compensation import compensated, float_block, mean_output
-from vitq_kernels.models import vit_parts
+from vitq_kernels.models import model_parts
 from vitq_kernels.observers import InputMoments
 
 
@@ -78,9 +78,9 @@ def test_mean_output_counts_every_token_once() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float_block_is_the_models_block(variant: str) -> None:
     model, images = variant_vit(variant), variant_images(variant, 2)
-    parts = vit_parts(model)
+    parts = model_parts(model)
     with torch.no_grad():
-        x = parts.tokens(model.patch_embed(images))
+        x = parts.tokens(images)
         for block, own in zip(parts.blocks, model.blocks, strict=True):
             found = float_block(block, x)
             middle = x + own.ls1(own.attn(own.norm1(x)))

@@ -29,7 +29,7 @@ from vitq_kernels.calibration import CalibrationStats, calibrate
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.converter import Converter
-from vitq_kernels.models import BlockParts, UnsupportedModelError, vit_config, vit_parts, vit_sites
+from vitq_kernels.models import BlockParts, UnsupportedModelError, model_config, model_parts, model_sites
 from vitq_kernels.nn import IntegerModule, PackedLinear, QuantBlock, QuantLinear
 from vitq_kernels.ops import use_backend
 from vitq_kernels.quantizers import AffineQuantizer, log2_steps, query_key_scales
@@ -87,7 +87,7 @@ def test_gptq_and_bias_correction_pay() -> None:
     gains = []
     for variant in ("class-token", "average-pool", "layer-scale"):
         model, images = variant_vit(variant), variant_images(variant)
-        stats, allocation = calibrate(model, images), BitAllocation.uniform(vit_sites(model), 3)
+        stats, allocation = calibrate(model, images), BitAllocation.uniform(model_sites(model), 3)
         both, nearest, biased = (
             quality_db(variant, quantize(model, images, allocation, stats=stats, config=config))
             for config in (QuantConfig(), QuantConfig(gptq=False), QuantConfig(bias_correction=False))
@@ -146,7 +146,7 @@ def test_row_groups_of_many_widths_work_in_any_order(variant: str) -> None:
     allocation = mixed_allocation(model)
     assert any(site.weight.order for site in allocation.sites.values() if site.weight)
     qmodel = quantize(model, images, allocation)
-    for site in vit_sites(model):
+    for site in model_sites(model):
         if site.has_weight and site.in_block:
             module = qmodel.get_submodule(site.name)
             limits = 2.0 ** (torch.tensor(allocation.sites[site.name].weight.row_bits()) - 1)
@@ -170,7 +170,7 @@ def regrouped(allocation: BitAllocation, change) -> BitAllocation:
 
 def test_groups_of_one_width_are_the_uniform_layer() -> None:
     model, images = variant_vit("class-token"), variant_images()
-    uniform = BitAllocation.uniform(vit_sites(model), 4)
+    uniform = BitAllocation.uniform(model_sites(model), 4)
     expected = quantize(model, images, uniform)
 
     def in_groups(groups: RowGroups) -> RowGroups:
@@ -201,7 +201,7 @@ def test_where_a_row_is_stored_does_not_matter() -> None:
 @pytest.mark.parametrize("kind", ["uniform-3", "uniform-8", "mixed"])
 def test_sizes_are_those_of_the_packed_modules(kind: str) -> None:
     model = variant_vit("distilled")
-    sites = vit_sites(model)
+    sites = model_sites(model)
     allocation = mixed_allocation(model) if kind == "mixed" else BitAllocation.uniform(sites, int(kind[-1]))
     qmodel = quantize(model, variant_images("distilled", 4), allocation)
     packed = {name: m for name, m in qmodel.named_modules() if isinstance(m, PackedLinear)}
@@ -215,7 +215,7 @@ def test_sizes_are_those_of_the_packed_modules(kind: str) -> None:
 
 def test_boundary_layers_and_activations_have_their_widths() -> None:
     model = variant_vit("class-token")
-    allocation = BitAllocation.uniform(vit_sites(model), 3, 5)
+    allocation = BitAllocation.uniform(model_sites(model), 3, 5)
     qmodel = quantize(model, variant_images(count=4), allocation)
     assert qmodel.patch_embed.proj.linear.groups.mean_bits == qmodel.head.groups.mean_bits == 8
     assert qmodel.patch_embed.proj.linear.quantize_input.bits == qmodel.head.quantize_input.bits == 8
@@ -231,7 +231,7 @@ def test_boundary_layers_and_activations_have_their_widths() -> None:
 
 def test_every_site_may_have_its_own_activation_width() -> None:
     model, images = variant_vit("class-token"), variant_images()
-    sites = BitAllocation.uniform(vit_sites(model), 8).sites
+    sites = BitAllocation.uniform(model_sites(model), 8).sites
     widths = {"attn.qkv": 7, "attn.qk": 6, "attn.av": 3, "attn.proj": 5, "mlp.fc1": 4, "mlp.fc2": 8}
     changed = {n: replace(s, activation=widths.get(n.split(".", 2)[-1], 8)) for n, s in sites.items()}
     block = quantize(model, images, BitAllocation(changed)).blocks[0]
@@ -327,7 +327,7 @@ def check_block(part: BlockParts, stats: CalibrationStats, converter: Converter,
     name, config, bits = part.name, converter.config, converter.bits
     qkv_in, out, fc1_in, hidden = (f"{name}.{suffix}" for suffix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
     code_bits, av_bits = (bits[f"{name}.attn.{suffix}"].activation for suffix in ("qk", "av"))
-    heads, width = part.num_heads, part.num_heads * part.head_dim
+    heads, width = part.attn.num_heads, part.attn.num_heads * part.attn.head_dim
     low, high = (t.double() for t in stats.qkv[qkv_in].choose(code_bits, config))
     key_mean, middle = stats.output_mean[qkv_in].double()[width : 2 * width], ((low + high) / 2)[2 * width :]
 
@@ -349,13 +349,13 @@ def check_block(part: BlockParts, stats: CalibrationStats, converter: Converter,
     q_scale, k_scale, _ = query_key_scales(radius[:width], radius[width : 2 * width], heads, code_bits)
     v_scale = 2 * radius[2 * width :] / (2**code_bits - 1)
     coded = Grid(torch.cat((q_scale.double(), k_scale.double(), v_scale)), 0, code_bits)
-    linear = RealLinear(part.qkv, grids[qkv_in], bits[qkv_in])
+    linear = RealLinear(part.attn.qkv, grids[qkv_in], bits[qkv_in])
     (a,), codes = record[qkv_in]
     coded.check(codes, linear(grids[qkv_in].decode(a)) - centre, 0.51 * linear.step)
 
     # attention over what those codes stand for
-    q, k, v = coded.decode(codes).unflatten(-1, (3, heads, part.head_dim)).permute(2, 0, 3, 1, 4)
-    octaves = q @ k.mT * part.softmax_scale / math.log(2)
+    q, k, v = coded.decode(codes).unflatten(-1, (3, heads, part.attn.head_dim)).permute(2, 0, 3, 1, 4)
+    octaves = q @ k.mT * part.attn.softmax_scale / math.log(2)
     distance = octaves.amax(-1, keepdim=True) - octaves
     mixed = []
     for head, index in enumerate(stats.tau_error[f"{name}.attn.av"][av_bits - 2].argmin(0).tolist()):
@@ -367,16 +367,16 @@ def check_block(part: BlockParts, stats: CalibrationStats, converter: Converter,
     grids[out].check(a, torch.cat(mixed, -1), 1e-6, rare=1e-3)  # a distance on a tie may take either code
 
     # proj, fc1 with GELU, fc2
-    proj = RealLinear(part.proj, grids[out], bits[out], part.layer_scale1, middle)
+    proj = RealLinear(part.attn.proj, grids[out], bits[out], part.layer_scale1, middle)
     proj.check(record[out][1], grids[out].decode(a), residual)
     assert_bitwise_equal(record[f"{name}.norm2"][0][0], record[out][1])
-    linear = RealLinear(part.fc1, grids[fc1_in], bits[fc1_in])
+    linear = RealLinear(part.mlp.fc1, grids[fc1_in], bits[fc1_in])
     (a,), codes = record[fc1_in]
-    gelu = F.gelu(linear(grids[fc1_in].decode(a)), approximate=part.gelu)
+    gelu = F.gelu(linear(grids[fc1_in].decode(a)), approximate=part.mlp.gelu)
     grids[hidden].check(codes, gelu, 0.6 * linear.step)  # GELU is at most 1.13 steep
     a, residual = record[hidden][0]
     assert_bitwise_equal(residual, record[out][1])
-    RealLinear(part.fc2, grids[hidden], bits[hidden], part.layer_scale2).check(
+    RealLinear(part.mlp.fc2, grids[hidden], bits[hidden], part.layer_scale2).check(
         record[hidden][1], grids[hidden].decode(a), residual
     )
 
@@ -390,7 +390,7 @@ def check_stages(model: nn.Module, images: Tensor, fresh: Tensor, allocation: Bi
     config = QuantConfig(gptq=False, bias_correction=False)
     qmodel = quantize(model, stats=stats, allocation=allocation, config=config)
     record = recorded(qmodel, fresh)
-    parts = vit_parts(model)
+    parts = model_parts(model)
     converter = Converter(parts, stats, allocation, config, [])
 
     # patches
@@ -405,7 +405,9 @@ def check_stages(model: nn.Module, images: Tensor, fresh: Tensor, allocation: Bi
     linear.check(patches, per_pixel.decode(codes))
 
     # tokens, blocks one after the other
-    x = parts.tokens(model.patch_embed.norm(patches if model.dynamic_img_size else patches.flatten(1, 2)))
+    grid = (codes.shape[1], codes.shape[2])
+    patches = model.patch_embed.norm(patches.flatten(1, -2))
+    x = parts.norms["norm_pre"](parts.embed(patches, grid))
     for part in parts.blocks:
         assert_bitwise_equal(record[f"{part.name}.norm1"][0][0], x)
         assert_bitwise_equal(record[f"{part.name}.attn.proj"][0][1], x)
@@ -425,8 +427,8 @@ def check_stages(model: nn.Module, images: Tensor, fresh: Tensor, allocation: Bi
 
 
 ALLOCATIONS = {
-    "w8a8": lambda model: BitAllocation.uniform(vit_sites(model), 8),
-    "w4a4": lambda model: BitAllocation.uniform(vit_sites(model), 4, 4),
+    "w8a8": lambda model: BitAllocation.uniform(model_sites(model), 8),
+    "w4a4": lambda model: BitAllocation.uniform(model_sites(model), 4, 4),
     "mixed-a6": lambda model: mixed_allocation(model, activation_bits=6),
 }
 
@@ -446,23 +448,23 @@ def test_heads_have_their_own_steps(bits: int) -> None:
         block.attn.qkv.weight[:16] *= 4
     steps = calibrate(model, images).tau_error["blocks.1.attn.av"][bits - 2].argmin(0)
     assert steps[0] > steps[1]
-    check_stages(model, images, fresh_images(count=5), BitAllocation.uniform(vit_sites(model), 8, bits))
+    check_stages(model, images, fresh_images(count=5), BitAllocation.uniform(model_sites(model), 8, bits))
 
 
 @pytest.mark.parametrize("variant", SOME)
 def test_bias_correction_makes_the_mean_output_exact(variant: str) -> None:
     """On the calibration images each linear's mean output is the float model's, but for the bias's own rounding."""
     model, images = variant_vit(variant), variant_images(variant)
-    stats, allocation = calibrate(model, images), BitAllocation.uniform(vit_sites(model), 3)
+    stats, allocation = calibrate(model, images), BitAllocation.uniform(model_sites(model), 3)
     gains = {}
-    for part in vit_parts(model).blocks:
+    for part in model_parts(model).blocks:
         gains |= {f"{part.name}.attn.proj": part.layer_scale1, f"{part.name}.mlp.fc2": part.layer_scale2}
 
     def mean_errors(config: QuantConfig) -> dict[str, Tensor]:
         """In accumulator units, by site of a real output; of qkv the keys, which are centred: their mean is 0."""
         qmodel = quantize(model, images, allocation, stats=stats, config=config)
         record, errors = recorded(qmodel, images), {}
-        for site in vit_sites(model):
+        for site in model_sites(model):
             if not site.has_weight:
                 continue
             name = f"{site.name}.linear" if site.kind == "patch_embed" else site.name
@@ -527,7 +529,7 @@ def test_training_mode_comes_back_after_an_error() -> None:
 def test_compensation_keeps_the_mean_of_the_residual_stream(variant: str) -> None:
     """On the calibration images: what the blocks before lost of it, attention and MLP put back."""
     model, images = variant_vit(variant), variant_images(variant)
-    allocation = BitAllocation.uniform(vit_sites(model), 3)
+    allocation = BitAllocation.uniform(model_sites(model), 3)
     expected, found = recorded_blocks(model, images), recorded_blocks(quantize(model, images, allocation), images)
     for wanted, x in zip(expected, found, strict=True):
         lost = (x - wanted).double().mean((0, 1)).abs()
@@ -549,7 +551,7 @@ def test_compensation_brings_the_residual_stream_nearer() -> None:
     gains = []
     for variant in ("class-token", "average-pool", "layer-scale"):
         model, images, fresh = variant_vit(variant), variant_images(variant), fresh_images(variant)
-        stats, allocation = calibrate(model, images), BitAllocation.uniform(vit_sites(model), 3)
+        stats, allocation = calibrate(model, images), BitAllocation.uniform(model_sites(model), 3)
         wanted = recorded_blocks(model, fresh)[-1]
         error = [
             (recorded_blocks(quantize(model, images, allocation, stats=stats, config=config), fresh)[-1] - wanted)
@@ -565,7 +567,7 @@ def test_levels_of_gelu_beat_even_codes(bits: int) -> None:
     gains = []
     for variant in ("class-token", "tanh-gelu", "average-pool"):
         model, images = variant_vit(variant), variant_images(variant)
-        sites = BitAllocation.uniform(vit_sites(model), 8).sites
+        sites = BitAllocation.uniform(model_sites(model), 8).sites
         narrow = BitAllocation({n: replace(s, activation=bits) if "fc2" in n else s for n, s in sites.items()})
         stats = calibrate(model, images)
         levels, even = (
@@ -706,9 +708,9 @@ def test_the_record_says_how_it_was_made() -> None:
     allocation = mixed_allocation(model)
     record = quantize(model, variant_images("distilled", 2), allocation).quantization
     assert record.allocation == allocation
-    assert record.sites == vit_sites(model)
-    assert record.model_config == vit_config(model)
-    assert record.float_bytes == 4 * sum(site.rows * site.cols for site in vit_sites(model))
+    assert record.sites == model_sites(model)
+    assert record.model_config == model_config(model)
+    assert record.float_bytes == 4 * sum(site.rows * site.cols for site in model_sites(model))
 
 
 # --- what has no integer form, and bad input ----------------------------------------------------------------------
@@ -796,7 +798,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_the_allocation_of_another_model_is_refused(case: str) -> None:
     arguments, message = OTHERS[case]
-    allocation = BitAllocation.uniform(vit_sites(small_vit(**arguments)), 4)
+    allocation = BitAllocation.uniform(model_sites(small_vit(**arguments)), 4)
     with pytest.raises(ValueError, match=message):
         quantize(small_vit(), variant_images(), allocation)
 

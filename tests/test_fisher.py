@@ -8,7 +8,7 @@ from small_vits import variant_images, variant_vit
 from torch import Tensor, nn
 
 from vitq_kernels.fisher import drawn_classes, log_probability_start
-from vitq_kernels.models import vit_parts
+from vitq_kernels.models import model_parts
 from vitq_kernels.relevance import relevance
 
 
@@ -24,7 +24,9 @@ def twin_rows(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ten
         return hook
 
     names = ["patch_embed.proj", "head"]
-    names += [f"{b.name}.{s}" for b in vit_parts(model).blocks for s in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    names += [
+        f"{b.name}.{s}" for b in model_parts(model).blocks for s in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     rows = {name: torch.zeros(()) for name in names}
     for image, label in zip(images, labels, strict=True):

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.numerics import assert_bitwise_equal
 from tests.small_vits import small_vit, variant_images, variant_vit
-from vitq_kernels.models import UnsupportedModelError, build_vit, vit_config, vit_parts, vit_sites
+from vitq_kernels.models import UnsupportedModelError, build_model, model_config, model_parts, model_sites
 from vitq_kernels.spec import Site
 
 # --- sites --------------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ from vitq_kernels.spec import Site
 @pytest.fixture(scope="module")
 def vit_tiny_sites() -> tuple[Site, ...]:
     with torch.device("meta"):
-        return vit_sites(timm.create_model("vit_tiny_patch16_224"))
+        return model_sites(timm.create_model("vit_tiny_patch16_224"))
 
 
 def test_vit_tiny_has_the_published_counts(vit_tiny_sites: tuple[Site, ...]) -> None:
@@ -75,7 +75,7 @@ GRIDS = {
 @pytest.mark.parametrize("variant", GRIDS)
 def test_macs_are_those_of_the_architecture(variant: str) -> None:
     patches, prefix, patch = GRIDS[variant]
-    sites = vit_sites(make_vit(**VARIANTS[variant]))
+    sites = model_sites(make_vit(**VARIANTS[variant]))
     heads = [site for site in sites if site.kind == "head"]
     assert len(heads) == (2 if variant == "distilled" else 1)
     assert all((site.rows, site.cols, site.macs) == (10, 32, 320) for site in heads)
@@ -86,7 +86,7 @@ def test_macs_are_those_of_the_architecture(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sites_are_the_modules_of_their_names(variant: str) -> None:
     model = make_vit(**VARIANTS[variant])
-    sites = vit_sites(model)
+    sites = model_sites(model)
     assert len({site.name for site in sites}) == len(sites)
     for site in sites:
         if site.has_weight:
@@ -97,7 +97,7 @@ def test_sites_are_the_modules_of_their_names(variant: str) -> None:
 
 
 def test_a_model_without_a_classifier_has_no_head_site() -> None:
-    sites = vit_sites(make_vit(num_classes=0))
+    sites = model_sites(make_vit(num_classes=0))
     assert [site for site in sites if site.kind == "head"] == []
 
 
@@ -107,10 +107,10 @@ def test_a_model_without_a_classifier_has_no_head_site() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_blocks_and_logits_are_the_forward(variant: str) -> None:
     model, images = variant_vit(variant), variant_images(variant, 3)
-    parts = vit_parts(model)
+    parts = model_parts(model)
     assert not parts.left_in_float
     with torch.no_grad():
-        x = parts.tokens(model.patch_embed(images))
+        x = parts.tokens(images)
         assert_bitwise_equal(parts.logits(model.blocks(x)), model(images))
 
 
@@ -118,21 +118,22 @@ def test_tokens_blocks_and_logits_are_the_forward(variant: str) -> None:
     ("variant", "count"), [("class-token", 1), ("distilled", 2), ("average-pool", 0), ("registers", 1)], ids=str
 )
 def test_read_tokens_are_those_the_classifier_reads(variant: str, count: int) -> None:
-    assert vit_parts(make_vit(**VARIANTS[variant])).read_tokens == count
+    assert model_parts(make_vit(**VARIANTS[variant])).read_tokens == count
 
 
 def test_block_parts_are_the_blocks_modules() -> None:
     model = make_vit(**VARIANTS["layer-scale"], num_classes=7)
-    for index, part in enumerate(vit_parts(model).blocks):
+    for index, part in enumerate(model_parts(model).blocks):
         block = model.blocks[index]
         assert part.name == f"blocks.{index}"
-        assert part.qkv is block.attn.qkv
-        assert part.proj is block.attn.proj
-        assert part.fc1 is block.mlp.fc1
-        assert part.fc2 is block.mlp.fc2
+        assert part.attn.qkv is block.attn.qkv
+        assert part.attn.proj is block.attn.proj
+        assert part.mlp.fc1 is block.mlp.fc1
+        assert part.mlp.fc2 is block.mlp.fc2
         assert part.layer_scale1 is block.ls1.gamma
         assert part.layer_scale2 is block.ls2.gamma
-        assert (part.num_heads, part.head_dim, part.softmax_scale, part.gelu) == (2, 16, 0.25, "none")
+        attn = part.attn
+        assert (attn.num_heads, attn.head_dim, attn.softmax_scale, part.mlp.gelu) == (2, 16, 0.25, "none")
 
 
 # --- the skeleton built again -------------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ ALL = VARIANTS | MORE
 @pytest.mark.parametrize("variant", ALL)
 def test_config_builds_the_same_model_again(variant: str) -> None:
     model = small_vit(**ALL[variant])
-    config = json.loads(json.dumps(vit_config(model)))  # as it comes out of a checkpoint
-    built = build_vit(config)
+    config = json.loads(json.dumps(model_config(model)))  # as it comes out of a checkpoint
+    built = build_model(config)
     assert not built.training
     state = model.state_dict()
     assert {n: t.shape for n, t in built.state_dict().items()} == {
@@ -175,7 +176,7 @@ def test_config_builds_the_same_model_again(variant: str) -> None:
 
 
 def test_skeleton_needs_no_memory() -> None:
-    built = build_vit(vit_config(make_vit()), "meta")
+    built = build_model(model_config(make_vit()), "meta")
     assert {t.device.type for t in built.state_dict().values()} == {"meta"}
 
 
@@ -238,20 +239,20 @@ PARTLY = {
 def test_a_block_without_integer_form_is_left_out_and_named(case: str) -> None:
     make, reason = PARTLY[case]
     model = make()
-    parts = vit_parts(model)
+    parts = model_parts(model)
     assert [block.name for block in parts.blocks] == ["blocks.0"]
     assert parts.left_in_float.keys() == {"blocks.1"}
     assert reason in parts.left_in_float["blocks.1"]
-    assert not any(site.name.startswith("blocks.1") for site in vit_sites(model))
+    assert not any(site.name.startswith("blocks.1") for site in model_sites(model))
     with pytest.raises(UnsupportedModelError, match=rf"blocks\.1: .*{reason}.* has no integer form"):
-        vit_parts(model, strict=True)
+        model_parts(model, strict=True)
     with pytest.raises(UnsupportedModelError, match="has no integer form"):
-        vit_config(model)
+        model_config(model)
 
 
 @pytest.mark.parametrize("pool", ["map", "prr"])
 def test_attention_pooling_is_left_in_float_and_named(pool: str) -> None:
-    parts = vit_parts(make_vit(global_pool=pool))
+    parts = model_parts(make_vit(global_pool=pool))
     assert len(parts.blocks) == 2
     assert list(parts.left_in_float) == ["attn_pool"]
     assert "pooling" in parts.left_in_float["attn_pool"]
@@ -261,9 +262,9 @@ def test_attention_pooling_is_left_in_float_and_named(pool: str) -> None:
 def test_another_classifier_is_left_in_float_and_named(head: nn.Module) -> None:
     model = small_vit()
     model.head = head
-    parts = vit_parts(model)
+    parts = model_parts(model)
     assert dict(parts.left_in_float) == {"head": f"classifier of type {type(head).__name__}"}
-    assert not any(site.kind == "head" for site in vit_sites(model))
+    assert not any(site.kind == "head" for site in model_sites(model))
 
 
 class OtherVit(timm.models.vision_transformer.VisionTransformer):
@@ -309,11 +310,11 @@ def test_a_model_without_integer_form_is_refused(case: str) -> None:
     with torch.device("meta") if case in ("eva", "swin", "hybrid-embedding") else torch.device("cpu"):
         model = make()
     with pytest.raises(UnsupportedModelError, match=message):
-        vit_sites(model)
+        model_sites(model)
 
 
 def test_blocks_of_two_gelus_cannot_be_described() -> None:
     model = one_block_from(act_layer="gelu_tanh")
-    assert [block.gelu for block in vit_parts(model).blocks] == ["none", "tanh"]
+    assert [block.mlp.gelu for block in model_parts(model).blocks] == ["none", "tanh"]
     with pytest.raises(UnsupportedModelError, match="blocks must share one form of GELU"):
-        vit_config(model)
+        model_config(model)

@@ -16,7 +16,7 @@ from vitq_kernels.calibration import calibrate, input_covariances
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.latency import KernelTime, KernelTimes
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import model_sites
 from vitq_kernels.planning import CANDIDATES, allocate, measure_errors
 from vitq_kernels.quantizers import affine_quantizer
 from vitq_kernels.relevance import Relevance, relevance
@@ -34,7 +34,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def sites(model: nn.Module) -> tuple[Site, ...]:
-    return vit_sites(model)
+    return model_sites(model)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from small_vits import mixed_allocation, small_vit, sqnr_db, variant_images, var
 from torch import Tensor, nn
 
 from tests.numerics import uniform
-from vitq_kernels.models import UnsupportedModelError, vit_sites
+from vitq_kernels.models import UnsupportedModelError, model_sites
 from vitq_kernels.presets import PRESETS, Simulation, file, lrp_qvit, published_widths, simulate
 from vitq_kernels.presets.capture import fit_in_forward_order, inputs_of
 from vitq_kernels.presets.norm import NormWithInput
@@ -316,7 +316,7 @@ def test_bad_arguments_are_named(case: str) -> None:
     arguments, keywords, message = BAD[case]
     model = variant_vit("class-token")
     plans = {"of-the-model": model, "of-another": variant_vit("distilled")}
-    keywords = {name: published_widths(vit_sites(plans[value]), 4, 4) for name, value in keywords.items()}
+    keywords = {name: published_widths(model_sites(plans[value]), 4, 4) for name, value in keywords.items()}
     with pytest.raises(ValueError, match=message):
         simulate(model, variant_images(count=2), *arguments, **keywords)
 

@@ -10,7 +10,7 @@ from small_vits import sqnr_db, variant_images, variant_vit
 from torch import Tensor
 
 from tests.numerics import uniform
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import model_sites
 from vitq_kernels.presets import gradients, ptq4vit, published_widths, simulate
 from vitq_kernels.presets.file import load, save
 from vitq_kernels.presets.output_error import ProductError
@@ -164,7 +164,7 @@ def test_importance_is_the_squared_gradient(place: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(gradients, "own_prediction_loss", third_label)
     copy, images, step = simulated(variant_vit("class-token").double()), variant_images(count=2).double(), 1e-6
-    widths = Widths(published_widths(vit_sites(variant_vit("class-token")), 4, 4))
+    widths = Widths(published_widths(model_sites(variant_vit("class-token")), 4, 4))
     linears, scores, outputs = gradients.observe(
         copy, widths, [images], torch.Generator(), tokens=10_000, attention_images=2
     )

@@ -16,7 +16,7 @@ from tests.numerics import assert_bitwise_equal
 from tests.small_vits import variant_images, variant_quantized, variant_vit
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import model_sites
 from vitq_kernels.nn import QuantBlock
 from vitq_kernels.reconstruction import BlockTwin, reconstruct
 from vitq_kernels.spec import BitAllocation
@@ -160,7 +160,7 @@ def test_a_block_that_cannot_get_better_stays() -> None:
 
 def converted(iterations: int) -> dict[str, Tensor]:
     model = variant_vit("class-token")
-    allocation = BitAllocation.uniform(vit_sites(model), 3, 8)
+    allocation = BitAllocation.uniform(model_sites(model), 3, 8)
     config = QuantConfig(reconstruction=iterations)
     return quantize(model, variant_images(), allocation, config=config).state_dict()
 

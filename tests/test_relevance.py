@@ -13,7 +13,7 @@ import torch
 from random_vits import VARIANTS, make_images, make_vit
 from torch import Tensor, nn
 
-from vitq_kernels.models import UnsupportedModelError, vit_sites
+from vitq_kernels.models import UnsupportedModelError, model_sites
 from vitq_kernels.relevance import Relevance, relevance
 
 METHODS = ("attnlrp", "chefer")
@@ -54,7 +54,7 @@ def test_an_image_does_not_feel_its_batch(variant: str, method: str) -> None:
 def test_sites_rows_and_tokens_add_up(variant: str, method: str) -> None:
     model, images = make_vit(**VARIANTS[variant]), make_images(2)
     every, image, cls = (relevance(model, images, method=method, tokens=t) for t in ("all", "image", "class"))
-    sites = {site.name: site for site in vit_sites(model)}
+    sites = {site.name: site for site in model_sites(model)}
     assert list(every.flow) == list(every.mean_score) == list(sites)
     assert {name: len(rows) for name, rows in every.row_flow.items()} == {
         name: site.rows for name, site in sites.items() if site.has_weight

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitq_kernels.lrp_rules import ATTNLRP, CHEFER
-from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.models import model_parts, model_sites
 from vitq_kernels.relevance import relevance
 from vitq_kernels.relevance_program import run_with_rules
 
@@ -35,7 +35,7 @@ def site_relevance(model: nn.Module, images: Tensor, rules) -> tuple[dict[str, T
     """Relevance at each site and at the pixels, and the logits, of the largest logits."""
     found: dict[str, Tensor] = {}
     images = images.to(next(model.parameters()).dtype).requires_grad_()
-    logits = run_with_rules(vit_parts(model), rules, images, lambda name, r, _: found.setdefault(name, r))
+    logits = run_with_rules(model_parts(model), rules, images, lambda name, r, _: found.setdefault(name, r))
     start = nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits)
     (flowed,) = torch.autograd.grad(logits, images, start)
     return found, rules.relevance(images.detach(), flowed), logits.detach()
@@ -56,7 +56,7 @@ def test_program_gives_the_models_own_logits(variant: dict, rules, dtype: torch.
         expected = model(images)
     assert expected.std() > 0.3  # logits that say something
     assert (logits - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12)
-    assert set(found) == {site.name for site in vit_sites(model)}
+    assert set(found) == {site.name for site in model_sites(model)}
     assert pixels.shape == images.shape
     assert all(bool(r.isfinite().all()) for r in found.values())
 

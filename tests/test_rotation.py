@@ -17,7 +17,7 @@ from tests.command_line import make_files, run
 from tests.numerics import assert_bitwise_equal
 from tests.small_vits import quietly, sqnr_db, variant_images, variant_vit
 from vitq_kernels.convert import quantize
-from vitq_kernels.models import UnsupportedModelError, build_vit, vit_config
+from vitq_kernels.models import UnsupportedModelError, build_model, model_config
 from vitq_kernels.rotation import mean_keeping_rotation, rotate
 
 REFUSED = {"max-pool": "global_pool", "pre-norm": "norm_pre", "embed-norm": "patch_embed.norm"}
@@ -112,7 +112,7 @@ def test_rotation_is_deterministic_and_leaves_the_model_alone() -> None:
 @pytest.mark.parametrize("variant", ["distilled", "average-pool", "registers", "no-qkv-bias"])
 def test_the_description_of_a_rotated_model_rebuilds_it(variant: str) -> None:
     model, images = rotate(variant_vit(variant)), variant_images(variant, 3)
-    skeleton = build_vit(vit_config(model))
+    skeleton = build_model(model_config(model))
     skeleton.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert_bitwise_equal(skeleton(images), model(images))

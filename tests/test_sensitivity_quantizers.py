@@ -18,7 +18,7 @@ from vitq_kernels.config import LEVEL_BITS, QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.converter import Converter
 from vitq_kernels.folding import fold_linear
-from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.models import model_parts, model_sites
 from vitq_kernels.packing import unpack_weight
 from vitq_kernels.quantizers import log2_levels
 from vitq_kernels.sensitivity_quantizers import FakeAffine, FakeLevels, FakeLog2, SiteQuantizers
@@ -53,7 +53,7 @@ def quantizers(model: nn.Module, batches: list[Tensor]) -> SiteQuantizers:
 
 
 def site_of(model: nn.Module, name: str) -> Site:
-    return next(site for site in vit_sites(model) if site.name == name)
+    return next(site for site in model_sites(model) if site.name == name)
 
 
 # --- fake quantizers ----------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_fake_quantizers_leave_their_input(fake: nn.Module) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_inputs_have_the_scales_of_conversion(bits: int, model: nn.Module, quantizers: SiteQuantizers) -> None:
     config = quantizers.config
-    allocation = BitAllocation.uniform(vit_sites(model), bits, bits)
+    allocation = BitAllocation.uniform(model_sites(model), bits, bits)
     converter = Converter(quantizers.parts, quantizers.stats, allocation, config, [])
     for suffix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         site = site_of(model, f"blocks.0.{suffix}")
@@ -124,7 +124,7 @@ def test_gelu_has_the_levels_of_conversion(
     bits: int, model: nn.Module, batches: list[Tensor], quantizers: SiteQuantizers
 ) -> None:
     site = site_of(model, "blocks.0.mlp.fc2")
-    widths = BitAllocation.uniform(vit_sites(model), 8).sites
+    widths = BitAllocation.uniform(model_sites(model), 8).sites
     narrow = BitAllocation({**widths, site.name: replace(widths[site.name], activation=bits)})
     fc1 = quantize(model, batches, narrow, stats=quantizers.stats).blocks[0].mlp.fc1
     form = quantizers.form(site, bits).quantizers[f"{site.name}.input"]
@@ -140,7 +140,7 @@ def test_gelu_has_the_levels_of_conversion(
 def test_attention_has_the_score_scale_and_levels_of_conversion(
     bits: int, model: nn.Module, batches: list[Tensor], quantizers: SiteQuantizers
 ) -> None:
-    sites = vit_sites(model)
+    sites = model_sites(model)
     converted = quantize(model, batches, BitAllocation.uniform(sites, 8, bits), stats=quantizers.stats)
     attention = converted.get_submodule(ATTENTION)
     query, key, value = quantizers.form(site_of(model, f"{ATTENTION}.qk"), bits).quantizers.values()
@@ -148,7 +148,7 @@ def test_attention_has_the_score_scale_and_levels_of_conversion(
     score = query.scale * key.scale  # one number a head
     assert torch.allclose(score, score[..., :1], rtol=1e-5)
     block = quantizers.blocks["blocks.1"]
-    steps = score[:, 0, 0] * block.softmax_scale * math.log2(math.e) / probability.tau.flatten()
+    steps = score[:, 0, 0] * block.attn.softmax_scale * math.log2(math.e) / probability.tau.flatten()
     torch.testing.assert_close(steps, attention.kappa, rtol=1e-5, atol=0)
     assert torch.equal(probability.levels.view_as(attention.levels), attention.levels.float())
     out_scale = quantizers.input_quantizer(site_of(model, f"{ATTENTION}.proj"), bits).scale
@@ -203,10 +203,10 @@ def test_in_float_a_site_is_the_models(part: str, model: nn.Module, batches: lis
     quantizers = SiteQuantizers(model, batches, part, QuantConfig())
     expected = simulated(model)
     found = copy.deepcopy(expected)
-    for site in vit_sites(model):
+    for site in model_sites(model):
         quantizers.form(site, 4).put(site.name, found)
     assert not torch.equal(found(batches[0]), expected(batches[0]))
-    for site in vit_sites(model):
+    for site in model_sites(model):
         quantizers.form(site, None).put(site.name, found)
     assert torch.equal(found(batches[0]), expected(batches[0]))
 
@@ -216,7 +216,7 @@ def test_a_form_changes_its_part_alone(
     part: str, weights: int, activations: int, model: nn.Module, batches: list[Tensor]
 ) -> None:
     quantizers = SiteQuantizers(model, batches, part, QuantConfig())
-    for site in vit_sites(model):
+    for site in model_sites(model):
         form = quantizers.form(site, 4)
         assert (form.weight is not None) == (weights and site.has_weight)
         fakes = 0 if not activations else 3 if site.kind == "qk" else 1
@@ -231,5 +231,5 @@ def test_statistics_are_those_of_calibration(
     expected = calibrator.stats()
     for name, ranges in expected.inputs.items():
         assert torch.equal(ranges.low, quantizers.stats.inputs[name].low)
-    assert set(quantizers.covariances) == {s.name for s in vit_sites(model) if s.in_block and s.has_weight}
-    assert quantizers.parts.model is vit_parts(model).model
+    assert set(quantizers.covariances) == {s.name for s in model_sites(model) if s.in_block and s.has_weight}
+    assert quantizers.parts.model is model_parts(model).model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitq_kernels import sensitivity_runs
 from vitq_kernels.config import QuantConfig
-from vitq_kernels.models import UnsupportedModelError, vit_sites
+from vitq_kernels.models import UnsupportedModelError, model_sites
 from vitq_kernels.sensitivity import Part, Sensitivity
 from vitq_kernels.sensitivity_quantizers import SiteQuantizers
 from vitq_kernels.sensitivity_runs import sensitivity
@@ -53,7 +53,7 @@ class Twin:
         self.batches = list(images.split(BATCH))
         self.quantizers = SiteQuantizers(model, self.batches, part, QuantConfig())
         self.float = simulated(model)
-        self.sites = vit_sites(model)
+        self.sites = model_sites(model)
         self.baseline = baseline
         self.form = functools.cache(self.quantizers.form)
 
@@ -84,7 +84,7 @@ def measured(model: nn.Module, images: Tensor, **keywords: Any) -> Sensitivity:
 @pytest.mark.parametrize("part", ["weight", "activation", "both"])
 def test_every_site_measures_as_its_twin(part: Part, baseline: int | None, model: nn.Module, images: Tensor) -> None:
     found, twin = measured(model, images, part=part, baseline=baseline), Twin(model, images, part, baseline)
-    sites = [s.name for s in vit_sites(model) if s.in_block and (s.has_weight or part != "weight")]
+    sites = [s.name for s in model_sites(model) if s.in_block and (s.has_weight or part != "weight")]
     assert list(found.kl) == sites
     assert len(sites) == (8 if part == "weight" else 12)
     assert (found.part, found.baseline, found.candidates, found.images) == (part, baseline, CANDIDATES, IMAGES)

@@ -8,7 +8,7 @@ from random_vits import VARIANTS
 from small_vits import small_vit, variant_images, variant_vit
 from torch import Tensor, nn
 
-from vitq_kernels.models import UnsupportedModelError, vit_sites
+from vitq_kernels.models import UnsupportedModelError, model_sites
 from vitq_kernels.simulation import SimulatedAttention, SimulatedLinear, SimulatedPatchEmbed, simulated
 
 
@@ -32,7 +32,7 @@ def test_without_quantizers_it_is_the_float_model(variant: str) -> None:
 def test_every_site_has_its_module(variant: str) -> None:
     model = variant_vit(variant)
     copy = simulated(model)
-    for site in vit_sites(model):
+    for site in model_sites(model):
         if site.has_weight:
             module = copy.get_submodule(site.name)
             assert isinstance(module, SimulatedLinear | SimulatedPatchEmbed)

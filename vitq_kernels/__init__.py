@@ -15,7 +15,7 @@ from vitq_kernels.compare import compare
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.evaluation import Evaluation, evaluate
-from vitq_kernels.models import UnsupportedModelError, vit_sites
+from vitq_kernels.models import UnsupportedModelError, model_sites
 from vitq_kernels.ops import SEMANTICS_VERSION, BackendUnavailableError, use_backend
 from vitq_kernels.planning import allocate
 from vitq_kernels.presets import simulate
@@ -51,6 +51,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "model_sites",
     "quantize",
     "relevance",
     "replace_linears",
@@ -59,5 +60,4 @@ __all__ = [
     "sensitivity",
     "simulate",
     "use_backend",
-    "vit_sites",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitq_kernels.files import replaced_file
-from vitq_kernels.models import BlockParts, vit_parts
+from vitq_kernels.models import model_parts
 from vitq_kernels.observers import ChannelSample, InputMoments, RangeStats, tau_errors
 
 SAMPLE_TOKENS = 4096  # tokens kept per tensor for percentiles: 126 MB a block of ViT-B
@@ -82,7 +82,7 @@ class Calibrator:
     """
 
     def __init__(self, model: nn.Module, *, expected_images: int = 64, seed: int = 0) -> None:
-        self.parts = vit_parts(model)
+        self.parts = model_parts(model)
         self.seen = 0
         self._keep = max(1, SAMPLE_TOKENS // max(1, expected_images))  # tokens of an image
         self._generator = torch.Generator().manual_seed(seed)
@@ -93,10 +93,10 @@ class Calibrator:
 
     def __enter__(self) -> Calibrator:
         parts = self.parts
-        self._watch(parts.patch_proj, "patch_embed.proj")
-        for block in parts.blocks:
-            for suffix, module in block_linears(block):
-                self._watch(module, f"{block.name}.{suffix}", whole=suffix == "attn.qkv")
+        self._watch(parts.patch_proj, parts.patch_name)
+        qkv = {block.attn.qkv for block in parts.blocks}
+        for name, module in parts.linears.items():
+            self._watch(module, name, whole=module in qkv)
         for name, head in parts.heads.items():
             self._watch(head, name)
         return self
@@ -141,7 +141,7 @@ class Calibrator:
             raise ValueError("calibration: at least one image must be seen, got 0")
         tau = {
             f"{block.name}.attn.av": tau_errors(
-                torch.cat(self._whole_qkv[f"{block.name}.attn.qkv"]), block.num_heads, block.softmax_scale
+                torch.cat(self._whole_qkv[f"{block.name}.attn.qkv"]), block.attn.num_heads, block.attn.softmax_scale
             )
             for block in self.parts.blocks
         }
@@ -152,14 +152,6 @@ class Calibrator:
             tau_error=tau,
             images=self.seen,
         )
-
-
-def block_linears(block: BlockParts) -> Iterator[tuple[str, nn.Linear]]:
-    """The four linears of a block under their timm names."""
-    yield "attn.qkv", block.qkv
-    yield "attn.proj", block.proj
-    yield "mlp.fc1", block.fc1
-    yield "mlp.fc2", block.fc2
 
 
 def image_batches(
@@ -205,7 +197,7 @@ def calibrate(
     Raises:
         ValueError: no images, or NaN/Inf in images or activations.
     """
-    batches = image_batches(images, batch_size, vit_parts(model).patch_proj.weight.device)
+    batches = image_batches(images, batch_size, model_parts(model).patch_proj.weight.device)
     total = sum(len(b) for b in batches)
     with Calibrator(model, expected_images=total, seed=seed) as calibrator:
         for batch in batches:
@@ -223,19 +215,17 @@ def input_covariances(
 
     What an error of a weight costs at the output (``rounding.row_errors``).
     """
-    parts = vit_parts(model)
+    parts = model_parts(model)
     batches = image_batches(images, batch_size, parts.patch_proj.weight.device)
     moments: dict[str, InputMoments] = {}
     handles = []
-    for block in parts.blocks:
-        for suffix, module in block_linears(block):
-            moment = InputMoments.empty(module.in_features, module.weight.device)
-            moments[f"{block.name}.{suffix}"] = moment
+    for name, module in parts.linears.items():
+        moment = moments[name] = InputMoments.empty(module.in_features, module.weight.device)
 
-            def hook(_: nn.Module, args: tuple[Tensor, ...], moment: InputMoments = moment) -> None:
-                moment.add(args[0].float().flatten(0, -2))
+        def hook(_: nn.Module, args: tuple[Tensor, ...], moment: InputMoments = moment) -> None:
+            moment.add(args[0].float().flatten(0, -2))
 
-            handles.append(module.register_forward_pre_hook(hook))
+        handles.append(module.register_forward_pre_hook(hook))
     try:
         for batch in batches:
             model(batch)

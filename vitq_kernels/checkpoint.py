@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.convert import Quantization
-from vitq_kernels.models import build_vit
+from vitq_kernels.models import build_model
 from vitq_kernels.ops import SEMANTICS_VERSION
 from vitq_kernels.skeleton import quantized_skeleton
 from vitq_kernels.spec import BitAllocation, Site
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 def _check_rebuilds(record: Quantization, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless ``load`` would find every tensor where the manifest's model has it."""
     assert record.model_config is not None
-    rebuilt = quantized_skeleton(build_vit(record.model_config, "meta"), record.allocation, tensors).state_dict()
+    rebuilt = quantized_skeleton(build_model(record.model_config, "meta"), record.allocation, tensors).state_dict()
     shapes, wanted = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, rebuilt))
     for name in sorted(shapes.keys() | wanted.keys()):
         if shapes.get(name) != wanted.get(name):
@@ -79,7 +79,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     try:
         allocation = BitAllocation.from_json(json.dumps(manifest["allocation"]))
         sites = tuple(Site(**site) for site in manifest["sites"])
-        model = quantized_skeleton(build_vit(manifest["model"], "meta"), allocation, tensors)
+        model = quantized_skeleton(build_model(manifest["model"], "meta"), allocation, tensors)
         model.load_state_dict(tensors, strict=True, assign=True)
         model.pretrained_cfg = manifest["data"]
         model.quantization = Quantization(manifest["model"], allocation, sites)

@@ -69,7 +69,7 @@ def allocate(
     if scores is None and allocation not in WITHOUT_SCORES:
         raise ValueError(f"--allocation {allocation} needs --scores FILE, which `vitq score` writes")
     net = float_model(model, checkpoint, pretrained)
-    sites = vitq.vit_sites(net)
+    sites = vitq.model_sites(net)
     plan = plan_of(allocation, act_bits, tied, candidates, act_candidates, group_rows, kernel_times, sensitivity)
     check_budget(sites, limits, plan)
     relevance = None if scores is None else scores_for(sites, scores)

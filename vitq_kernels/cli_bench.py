@@ -18,7 +18,7 @@ from vitq_kernels.kernel_profile import KernelProfile, profile_forward
 from vitq_kernels.kernel_profile_plot import write_profile_plot
 from vitq_kernels.model_bench import BUDGET_S, ROUNDS, bench_models
 from vitq_kernels.model_candidates import AGAINST, OURS, Candidate, CannotRunError, with_random_weights
-from vitq_kernels.models import build_vit
+from vitq_kernels.models import build_model
 from vitq_kernels.roofline import measured_peaks, peaks_of
 
 
@@ -58,7 +58,7 @@ def bench(
     for name in names or ():
         _known(name)
     qmodel: Any = load(quantized)
-    float_model = with_random_weights(build_vit(qmodel.quantization.model_config), seed)
+    float_model = with_random_weights(build_model(qmodel.quantization.model_config), seed)
     image = image_shape(qmodel)
     assert image is not None  # a loaded ViT tells
     with Bar("measuring", len(sizes)) as progress:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitq_kernels.costs import check_candidates
 from vitq_kernels.images import eval_transform, load_folder
 from vitq_kernels.latency import KernelTimes
-from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.models import model_parts, model_sites
 from vitq_kernels.planning import check_plan
 from vitq_kernels.relevance import Relevance
 from vitq_kernels.sensitivity import Sensitivity
@@ -121,8 +121,8 @@ def float_twin(qmodel: Any, checkpoint: Path | None, pretrained: bool) -> nn.Mod
 
 def integer_sites(net: nn.Module) -> tuple[Site, ...]:
     """Sites of a model; refuses one of which a part would stay float, since a file holds integer models alone."""
-    vit_parts(net, strict=True)
-    return vit_sites(net)
+    model_parts(net, strict=True)
+    return model_sites(net)
 
 
 def calibration_images(

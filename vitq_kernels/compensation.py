@@ -16,6 +16,8 @@ from torch import Tensor
 from vitq_kernels.models import BlockParts
 from vitq_kernels.observers import InputMoments
 
+Stream = list[Tensor]  # one tensor a batch: codes or the residual stream of the model as far as it is converted
+
 
 @dataclass(frozen=True)
 class BlockOutputs:
@@ -29,13 +31,14 @@ class BlockOutputs:
 
 def float_block(block: BlockParts, x: Tensor) -> BlockOutputs:
     """The float block on its residual stream [B, S, C]."""
-    qkv = block.qkv(block.norm1(x))
-    q, k, v = qkv.unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, scale=block.softmax_scale)
-    y = block.proj(attended.transpose(1, 2).flatten(2))
+    attn, mlp = block.attn, block.mlp
+    qkv = attn.qkv(block.norm1(x))
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=attn.softmax_scale)
+    y = attn.proj(attended.transpose(1, 2).flatten(2))
     middle = x + (y if block.layer_scale1 is None else y * block.layer_scale1)
-    fc1 = block.fc1(block.norm2(middle))
-    y = block.fc2(F.gelu(fc1, approximate=block.gelu))
+    fc1 = mlp.fc1(block.norm2(middle))
+    y = mlp.fc2(F.gelu(fc1, approximate=mlp.gelu))
     return BlockOutputs(qkv, middle, fc1, middle + (y if block.layer_scale2 is None else y * block.layer_scale2))
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import CalibrationStats, calibrate, image_batches
+from vitq_kernels.compensation import Stream
 from vitq_kernels.config import QuantConfig
-from vitq_kernels.converter import Converter, Stream
-from vitq_kernels.models import vit_config, vit_parts, vit_sites
+from vitq_kernels.converter import Converter
+from vitq_kernels.models import BlockParts, model_config, model_parts
 from vitq_kernels.spec import BitAllocation, Site
 
 
@@ -22,7 +23,7 @@ from vitq_kernels.spec import BitAllocation, Site
 class Quantization:
     """How a model was quantized: carried by it as ``model.quantization``, and what a checkpoint's manifest says."""
 
-    model_config: dict[str, Any] | None  # models.vit_config of the float model; None if a part of it stayed float
+    model_config: dict[str, Any] | None  # models.model_config of the float model; None if a part of it stayed float
     allocation: BitAllocation
     sites: tuple[Site, ...]
 
@@ -62,13 +63,13 @@ def quantize(
         UnsupportedModelError: the model is no VisionTransformer, or ``strict`` and a part has no integer form.
     """
     config = config or QuantConfig()
-    parts = vit_parts(model, strict=strict)
+    parts = model_parts(model, strict=strict)
     for name, reason in parts.left_in_float.items():
         warnings.warn(f"{name} stays in float: {reason} has no integer form", stacklevel=3)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"model: weights must be finite, got NaN or Inf in {name}")
-    sites = vit_sites(model)
+    sites = parts.sites
     allocation = allocation or BitAllocation.uniform(sites, 8)
     allocation.check(sites)
     if images is None and stats is None:
@@ -85,11 +86,11 @@ def quantize(
     if unseen := [site.name for site in sites if site.has_weight and site.name not in stats.inputs]:
         raise ValueError(f"stats do not fit the model: nothing was seen of {unseen[:3]}")
     result.quantization = Quantization(
-        vit_config(model) if not parts.left_in_float else None,
+        model_config(model) if not parts.left_in_float else None,
         allocation,
         sites,
     )
-    converter = Converter(vit_parts(result), stats, allocation, config, batches)
+    converter = Converter(model_parts(result), stats, allocation, config, batches)
     return _convert(result, converter, len(sites), progress).eval()
 
 
@@ -98,7 +99,6 @@ def _convert(
 ) -> nn.Module:
     """Replaces the modules of ``model`` in forward order."""
     parts = converter.parts
-    supported = {block.name: block for block in parts.blocks}
     done = 0
 
     def report(sites: int) -> None:
@@ -107,18 +107,18 @@ def _convert(
         if progress:
             progress(done, total)
 
-    converter.float_stream = [parts.tokens(parts.model.patch_embed(x)) for x in converter.images]
-    model.set_submodule("patch_embed.proj", converter.patch_embed())
+    converter.float_stream = [parts.tokens(x) for x in converter.images]
+    model.set_submodule(parts.patch_name, converter.patch_embed())
     report(1)
-    stream = [parts.tokens(parts.model.patch_embed(x)) for x in converter.images]
-    for index, float_block in enumerate(parts.model.blocks):
-        name = f"blocks.{index}"
-        if name in supported:
-            model.set_submodule(name, converter.block(supported[name], stream))
-            report(6)
+    stream = [parts.tokens(x) for x in converter.images]
+    for step in parts.steps:
+        if isinstance(step, BlockParts):
+            model.set_submodule(step.name, converter.block(step, stream))
         else:
-            stream = [float_block(x) for x in stream]
-            converter.float_stream = [float_block(x) for x in converter.float_stream]
+            module = model.get_submodule(step.name)
+            stream = [module(x) for x in stream]
+            converter.float_stream = [module(x) for x in converter.float_stream]
+        report(len(tuple(step.sites)))
     features: dict[str, Stream] = {name: [] for name in parts.heads}
     handles = [
         head.register_forward_pre_hook(lambda _, args, kept=features[name]: kept.append(args[0]))

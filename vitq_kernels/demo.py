@@ -13,7 +13,7 @@ import torch
 from vitq_kernels.convert import quantize
 from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.evaluation import evaluate
-from vitq_kernels.models import vit_sites
+from vitq_kernels.models import model_sites
 from vitq_kernels.planning import allocate
 from vitq_kernels.relevance import relevance
 from vitq_kernels.report import Measurement, ReportData, write_report
@@ -61,7 +61,7 @@ def run_demo(out: str | Path, device: str = "cpu", *, progress: Callable[[str], 
     model = load_digits_vit()
     calibration, _ = digits_images("calibration")
     images, labels = digits_images("test")
-    sites = vit_sites(model)
+    sites = model_sites(model)
 
     progress(f"scoring {len(calibration)} images (AttnLRP)")
     scores = relevance(model, calibration)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.allocation import COUPLED, allocate_bits
-from vitq_kernels.calibration import block_linears, calibrate, image_batches, input_covariances
+from vitq_kernels.calibration import calibrate, image_batches, input_covariances
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.costs import CANDIDATES
 from vitq_kernels.latency import KernelTimes
-from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.models import model_parts, model_sites
 from vitq_kernels.quantizers import affine_quantizer
 from vitq_kernels.relevance import Relevance
 from vitq_kernels.rounding import row_errors
@@ -42,11 +42,11 @@ def measure_errors(
     Returns:
         Site name to float64 [N, 7].
     """
-    linears = {f"{b.name}.{suffix}": module for b in vit_parts(model).blocks for suffix, module in block_linears(b)}
+    linears = model_parts(model).linears
     if images is not None:
         batches = image_batches(images, 16, next(iter(linears.values())).weight.device)
         covariances, stats, config = input_covariances(model, batches), calibrate(model, batches), QuantConfig()
-    kinds = {site.name: site.kind for site in vit_sites(model)}
+    kinds = {site.name: site.kind for site in model_sites(model)}
     errors = {}
     for done, (name, module) in enumerate(linears.items(), start=1):
         weight = module.weight.detach().float()
@@ -125,7 +125,7 @@ def allocate(
         ValueError: scores of another model, a budget that nothing meets, a sensitivity that is missing.
     """
     given = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
-    sites = vit_sites(model)
+    sites = model_sites(model)
     chosen = choose_activations(budget, tied, activation_candidates)
     _check_strategy(strategy, budget, tied, chosen)
     if strategy in BY_ROW:  # the others measure nothing here, so allocate_bits says it as soon

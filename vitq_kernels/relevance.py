@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitq_kernels.distributed import in_order
 from vitq_kernels.fisher import FISHER, drawn_classes, log_probability_start
 from vitq_kernels.lrp_rules import COMPOSITES
-from vitq_kernels.models import UnsupportedModelError, vit_parts, vit_sites
+from vitq_kernels.models import UnsupportedModelError, model_parts, model_sites
 from vitq_kernels.relevance_program import run_with_rules
 from vitq_kernels.spec import Site
 
@@ -33,7 +33,7 @@ Tokens = Literal["image", "class", "all"]
 class Relevance:
     """Relevance per site, averaged over images. Every number is taken at the OUTPUT of the site.
 
-    Sites are those of ``vit_sites``: qk is the score matrix before softmax, av the attention output before ``proj``.
+    Sites are those of ``model_sites``: qk is the score matrix before softmax, av the attention output before ``proj``.
     """
 
     method: Method
@@ -120,7 +120,7 @@ def relevance(
     """
     rules = METHODS[_check_choice("method", method, tuple(METHODS))]
     _check_choice("tokens", tokens, get_args(Tokens))
-    parts = vit_parts(model, strict=True)
+    parts = model_parts(model, strict=True)
     weight = parts.patch_proj.weight
     if not parts.heads:
         raise UnsupportedModelError("head: the model has no classifier; relevance starts from a logit")
@@ -133,7 +133,7 @@ def relevance(
     classes = next(iter(parts.heads.values())).out_features
     if labels is not None:
         _check_labels(labels, count, classes)
-    sites = vit_sites(model)
+    sites = model_sites(model)
 
     def attribute(part: tuple[Tensor, Tensor | None]) -> tuple[int, _Totals]:
         batch, label = part

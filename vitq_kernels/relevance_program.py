@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.lrp_rules import Composite
-from vitq_kernels.models import BlockParts, UnsupportedModelError, VitParts
+from vitq_kernels.models import BlockParts, ModelParts, UnsupportedModelError
 
 # Called with a site's name, its relevance, and how many of its tokens stand before the patch tokens. Tokens lie along
 # dimension -2: [B, S, N] at linears and av (S = P at the patch embedding), [B, H, S, S] at qk; heads have none: [B, N].
 Visit = Callable[[str, Tensor, int], None]
 
 
-def run_with_rules(parts: VitParts, rules: Composite, images: Tensor, visit: Visit) -> Tensor:
+def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: Visit) -> Tensor:
     """Logits [B, classes] of the model, in functions whose backward is the relevance rule.
 
     ``torch.autograd.grad(logits, images, start)`` then calls ``visit`` at every site, from the head to the patch
@@ -56,7 +56,7 @@ def run_with_rules(parts: VitParts, rules: Composite, images: Tensor, visit: Vis
 
     features = rules.patch_embed(parts.pixels(images), parts.patch_proj)
     grid = (features.shape[-2], features.shape[-1])
-    x = norm("patch_embed.norm", site("patch_embed.proj", features.flatten(2).transpose(1, 2), 0))
+    x = norm("patch_embed.norm", site(parts.patch_name, features.flatten(2).transpose(1, 2), 0))
     with torch.no_grad():  # what is added to patches of zeros: the prefix tokens and the position embedding
         constant = parts.embed(torch.zeros_like(x), grid)
     # The sums of Chefer's Add run over the patch tokens; in Chefer's code also over the class token, which is constant.
@@ -75,14 +75,15 @@ def run_with_rules(parts: VitParts, rules: Composite, images: Tensor, visit: Vis
 
 
 def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
+    attn, mlp = block.attn, block.mlp
     y = rules.layer_norm(x, block.norm1)
-    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, block.qkv))
-    q, k, v = qkv.unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
+    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, attn.qkv))
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
     scores = site(f"{block.name}.attn.qk", rules.matmul(q, k.mT))
-    y = rules.matmul(rules.softmax(rules.scale(scores, block.softmax_scale)), v)
+    y = rules.matmul(rules.softmax(rules.scale(scores, attn.softmax_scale)), v)
     y = site(f"{block.name}.attn.av", y.transpose(1, 2).flatten(2))
-    y = site(f"{block.name}.attn.proj", rules.linear(y, block.proj))
+    y = site(f"{block.name}.attn.proj", rules.linear(y, attn.proj))
     x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
-    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), block.fc1))
-    y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, block.gelu), block.fc2))
+    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), mlp.fc1))
+    y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, mlp.gelu), mlp.fc2))
     return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))

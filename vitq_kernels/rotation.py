@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.models import UnsupportedModelError, VitParts, vit_parts
+from vitq_kernels.models import ModelParts, UnsupportedModelError, model_parts
 
 EXACT_POOLS = ("token", "avg", "")  # linear in the tokens, the same for every channel
 
@@ -37,17 +37,17 @@ def rotate(model: nn.Module, seed: int = 0) -> nn.Module:
         The condition ``Q 1 = 1`` replaces their step from LayerNorm to RMSNorm.
     """
     result = copy.deepcopy(model)
-    parts = vit_parts(result, strict=True)
+    parts = model_parts(result, strict=True)
     final_norm = _final_norm(parts)
     rotation = mean_keeping_rotation(parts.patch_proj.out_channels, seed).to(parts.patch_proj.weight.device)
     for tokens in result.parameters(recurse=False):  # class, distillation and register tokens, positions: [1, T, C]
         tokens.copy_(tokens.double() @ rotation.T)
     _rotate_writer(parts.patch_proj, None, rotation)
     for block in parts.blocks:
-        _rotate_readers([block.qkv], block.norm1, rotation)
-        _rotate_writer(block.proj, block.layer_scale1, rotation)
-        _rotate_readers([block.fc1], block.norm2, rotation)
-        _rotate_writer(block.fc2, block.layer_scale2, rotation)
+        _rotate_readers([block.attn.qkv], block.norm1, rotation)
+        _rotate_writer(block.attn.proj, block.layer_scale1, rotation)
+        _rotate_readers([block.mlp.fc1], block.norm2, rotation)
+        _rotate_writer(block.mlp.fc2, block.layer_scale2, rotation)
     _rotate_readers(parts.heads.values(), final_norm, rotation)
     return result
 
@@ -66,7 +66,7 @@ def mean_keeping_rotation(width: int, seed: int) -> Tensor:
     return second @ first.T
 
 
-def _final_norm(parts: VitParts) -> nn.LayerNorm | None:
+def _final_norm(parts: ModelParts) -> nn.LayerNorm | None:
     """The norm in front of the heads.
 
     Raises:

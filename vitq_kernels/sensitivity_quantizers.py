@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitq_kernels.calibration import calibrate, input_covariances
 from vitq_kernels.config import LEVEL_BITS, QuantConfig
 from vitq_kernels.levels import LevelHistogram, level_scale
-from vitq_kernels.models import vit_parts
+from vitq_kernels.models import model_parts
 from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer, log2_levels, log2_steps, query_key_scales
 from vitq_kernels.rounding import gptq, round_to_nearest, weight_scale
 from vitq_kernels.sensitivity import Part
@@ -85,7 +85,7 @@ class SiteQuantizers:
     """Makes the form of any site at any width from a few images of calibration."""
 
     def __init__(self, model: nn.Module, batches: list[Tensor], part: Part, config: QuantConfig) -> None:
-        self.parts = vit_parts(model, strict=True)
+        self.parts = model_parts(model, strict=True)
         self.blocks = {block.name: block for block in self.parts.blocks}
         self.part = part
         self.config = config
@@ -126,7 +126,7 @@ class SiteQuantizers:
         for block in self.parts.blocks:
             site = f"{block.name}.mlp.fc2"
             histogram, scale = self.histograms.setdefault(site, LevelHistogram()), self.level_scale(site)
-            channels = (block.fc2.weight.detach().float() * scale).square().sum(0)
+            channels = (block.mlp.fc2.weight.detach().float() * scale).square().sum(0)
 
             def hook(
                 _: nn.Module,
@@ -139,7 +139,7 @@ class SiteQuantizers:
                 tokens[:, : self.parts.read_tokens] = self.config.class_token_weight
                 histogram.add(args[0].float() / scale, tokens[..., None] * channels)
 
-            handles.append(block.fc2.register_forward_pre_hook(hook))
+            handles.append(block.mlp.fc2.register_forward_pre_hook(hook))
         try:
             with torch.no_grad():
                 for batch in batches:
@@ -188,9 +188,9 @@ class SiteQuantizers:
         middle = ((low + high) / 2).chunk(3)[2]
         centres = (torch.zeros_like(middle), key_mean, middle)
         radii = torch.maximum((low - torch.cat(centres)).abs(), (high - torch.cat(centres)).abs()).chunk(3)
-        q_scale, k_scale, _ = query_key_scales(radii[0], radii[1], block.num_heads, bits)
+        q_scale, k_scale, _ = query_key_scales(radii[0], radii[1], block.attn.num_heads, bits)
         v_scale = affine_quantizer(-radii[2], radii[2], bits).scale
-        shape = (block.num_heads, 1, block.head_dim)
+        shape = (block.attn.num_heads, 1, block.attn.head_dim)
         return [
             FakeAffine(scale.view(shape), (-centre / scale).view(shape), bits)
             for scale, centre in zip((q_scale, k_scale, v_scale), centres, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitq_kernels.calibration import image_batches
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.distributed import in_order
-from vitq_kernels.models import vit_parts, vit_sites
+from vitq_kernels.models import model_parts
 from vitq_kernels.sensitivity import Part, Sensitivity, check_candidates
 from vitq_kernels.sensitivity_cache import Changes, MeasurementCache, fingerprint
 from vitq_kernels.sensitivity_quantizers import SiteForm, SiteQuantizers
@@ -83,25 +83,25 @@ def sensitivity(
         raise ValueError(f"sensitivity: pair_candidates must be among candidates {candidates}, got {pair_candidates}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"sensitivity: batch_size must be a positive integer, got {batch_size!r}")
-    parts = vit_parts(model, strict=True)
+    parts = model_parts(model, strict=True)
     weight = parts.patch_proj.weight
     if weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sensitivity: model must have float32 or float64 weights, got {weight.dtype}")
-    chosen = _chosen_sites(vit_sites(model), part, sites)
+    chosen = _chosen_sites(parts.sites, part, sites)
     batches = [batch.to(weight.dtype) for batch in image_batches(images, batch_size, weight.device)]
     config = config or QuantConfig()
-    heads = [(block.num_heads, block.softmax_scale) for block in parts.blocks]  # which neither weights nor names tell
+    heads = [
+        (block.attn.num_heads, block.attn.softmax_scale) for block in parts.blocks
+    ]  # which neither weights nor names tell
     measured = MeasurementCache(cache, fingerprint(model, batches, f"{part} {baseline} {config} {heads}"))
 
     def changes(*widths: tuple[Site, int]) -> Changes:
         return tuple((site.name, bits) for site, bits in widths if bits != baseline)
 
-    blocks: dict[str, list[Site]] = {}
-    for site in chosen:
-        blocks.setdefault(_block(site.name), []).append(site)
-    neighbours = [pair for members in blocks.values() for pair in combinations(members, 2)] if pairs else []
+    blocks = [[site for site in step.sites if site in chosen] for step in parts.steps]
+    neighbours = [pair for members in blocks for pair in combinations(members, 2)] if pairs else []
     runs = [changes()] if baseline is not None else []
-    for members in blocks.values():  # in forward order, so that the tokens before the block move on with the runs
+    for members in blocks:  # in forward order, so that the tokens before the block move on with the runs
         runs += [changes((site, bits)) for site in members for bits in candidates]
         for a, b in neighbours:
             if a in members:
@@ -133,11 +133,6 @@ def sensitivity(
     )
 
 
-def _block(name: str) -> str:
-    """The block of a site: ``blocks.3`` of ``blocks.3.attn.qk``."""
-    return ".".join(name.split(".")[:2])
-
-
 def _chosen_sites(sites: Sequence[Site], part: Part, names: Sequence[str] | None) -> list[Site]:
     """Sites of the blocks that have the part, in forward order."""
     able = [site for site in sites if site.in_block and (site.has_weight or part != "weight")]
@@ -156,7 +151,9 @@ class _Bench:
     ) -> None:
         model = copy.deepcopy(model).requires_grad_(False).eval()
         self.model = simulated(model)
-        self.sites = {site.name: site for site in vit_sites(model)}
+        parts = model_parts(model)
+        self.sites = {site.name: site for site in parts.sites}
+        self.step_of = {site.name: i for i, step in enumerate(parts.steps) for site in step.sites}
         self.reference = [self.model(batch).double().log_softmax(-1) for batch in batches]
         self.quantizers = SiteQuantizers(model, batches, part, config)
         self.baseline: dict[str, SiteForm] = {}
@@ -166,16 +163,17 @@ class _Bench:
             self.baseline[name].put(name, self.model)
         # The program of the parts, on the copy's modules.
         self.parts = replace(self.quantizers.parts, model=self.model)
-        self.tokens = [self.parts.tokens(self.model.patch_embed(batch)) for batch in batches]
-        self.block = 0  # which block they enter
-        self.forms: dict[tuple[str, int], SiteForm] = {}  # of the sites of that block, as far as made
+        self.tokens = [self.parts.tokens(batch) for batch in batches]
+        self.steps = [self.model.get_submodule(step.name) for step in parts.steps]
+        self.step = 0  # which step they enter
+        self.forms: dict[tuple[str, int], SiteForm] = {}  # of the sites of that step, as far as made
 
     def kl(self, changes: Changes) -> float:
-        """Mean KL of the model with these sites at these widths. Blocks of later calls must not come before."""
-        first = int(_block(changes[0][0]).removeprefix("blocks.")) if changes else 0
-        while self.block < first:
-            self.tokens = [self.model.blocks[self.block](tokens) for tokens in self.tokens]
-            self.block += 1
+        """Mean KL of the model with these sites at these widths. Steps of later calls must not come before."""
+        first = self.step_of[changes[0][0]] if changes else 0
+        while self.step < first:
+            self.tokens = [self.steps[self.step](tokens) for tokens in self.tokens]
+            self.step += 1
             self.forms.clear()
         for name, bits in changes:
             if (name, bits) not in self.forms:
@@ -183,8 +181,8 @@ class _Bench:
             self.forms[name, bits].put(name, self.model)
         total = 0.0
         for tokens, reference in zip(self.tokens, self.reference, strict=True):
-            for block in self.model.blocks[first:]:
-                tokens = block(tokens)
+            for step in self.steps[first:]:
+                tokens = step(tokens)
             answer = self.parts.logits(tokens).double().log_softmax(-1)
             total += float((reference.exp() * (reference - answer)).sum())
         for name, _ in changes:

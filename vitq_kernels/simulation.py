@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq_kernels.models import vit_parts
+from vitq_kernels.models import model_parts
 
 
 class SimulatedLinear(nn.Module):
@@ -84,7 +84,7 @@ class SimulatedAttention(nn.Module):
 
 @torch.no_grad()
 def simulated(model: nn.Module) -> nn.Module:
-    """A copy of a VisionTransformer in which every site of ``vit_sites`` is a simulated module that quantizes nothing.
+    """A copy of a model in which every site of ``model_sites`` is a simulated module that quantizes nothing.
 
     Sites keep their names: ``patch_embed.proj``, ``blocks.0.attn.qkv``, ``blocks.0.mlp.fc1``, ``head``; the attention
     sites ``.qk`` and ``.av`` are the four quantizers of ``blocks.0.attn``. Norms, layer scales and biases are the
@@ -94,12 +94,13 @@ def simulated(model: nn.Module) -> nn.Module:
         UnsupportedModelError: a part of the model has no integer form and so no sites.
     """
     result = copy.deepcopy(model).requires_grad_(False).eval()
-    parts = vit_parts(result, strict=True)
-    result.set_submodule("patch_embed.proj", SimulatedPatchEmbed(parts.patch_proj))
+    parts = model_parts(result, strict=True)
+    result.set_submodule(parts.patch_name, SimulatedPatchEmbed(parts.patch_proj))
     for block in parts.blocks:
-        attention = SimulatedAttention(block.qkv, block.proj, block.num_heads, block.softmax_scale)
+        attn = block.attn
+        attention = SimulatedAttention(attn.qkv, attn.proj, attn.num_heads, attn.softmax_scale)
         result.set_submodule(f"{block.name}.attn", attention.eval())
-        for name, linear in (("fc1", block.fc1), ("fc2", block.fc2)):
+        for name, linear in (("fc1", block.mlp.fc1), ("fc2", block.mlp.fc2)):
             result.set_submodule(f"{block.name}.mlp.{name}", SimulatedLinear(linear))
     for name, head in parts.heads.items():
         result.set_submodule(name, SimulatedLinear(head))

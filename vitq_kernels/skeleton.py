@@ -7,7 +7,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.models import BlockParts, vit_parts
+from vitq_kernels.models import BlockParts, model_parts
 from vitq_kernels.nn import (
     QuantAttention,
     QuantBlock,
@@ -32,12 +32,12 @@ def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Con
         allocation: the widths.
         tensors: names of the tensors that will fill it: those of levels say which fc1 have some.
     """
-    parts = vit_parts(model, strict=True)
+    parts = model_parts(model, strict=True)
     bits = allocation.sites
-    site = bits["patch_embed.proj"]
+    site = bits[parts.patch_name]
     conv = parts.patch_proj
     cols = conv.weight[0].numel()
-    model.set_submodule("patch_embed.proj", QuantPatchEmbed(_float_linear(site, cols), conv.kernel_size))
+    model.set_submodule(parts.patch_name, QuantPatchEmbed(_float_linear(site, cols), conv.kernel_size))
     for block in parts.blocks:
         model.set_submodule(block.name, _block(block, allocation, f"{block.name}.mlp.fc1.levels" in tensors))
     for name, head in parts.heads.items():
@@ -53,12 +53,13 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
         channels = module.normalized_shape[0]
         return QuantLayerNorm(_empty(channels), _empty(channels), module.eps, site.activation)
 
-    heads, dim = block.num_heads, block.head_dim
+    attn_parts, mlp_parts = block.attn, block.mlp
+    heads, dim = attn_parts.num_heads, attn_parts.head_dim
     qkv, qk, av, proj = at("attn.qkv"), at("attn.qk"), at("attn.av"), at("attn.proj")
     fc1, fc2 = at("mlp.fc1"), at("mlp.fc2")
     attn = QuantAttention(
-        _linear(qkv, block.qkv.in_features, "codes", qk.activation),
-        _linear(proj, block.proj.in_features, "residual"),
+        _linear(qkv, attn_parts.qkv.in_features, "codes", qk.activation),
+        _linear(proj, attn_parts.proj.in_features, "residual"),
         _empty(heads),
         _empty(heads, 1 << av.activation, dtype=torch.uint8),
         _empty(heads, dim),
@@ -66,8 +67,10 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
         proj.activation,
     )
     mlp = QuantMlp(
-        _linear(fc1, block.fc1.in_features, "gelu levels" if gelu_levels else "gelu", fc2.activation, block.gelu),
-        _linear(fc2, block.fc2.in_features, "residual", input_bits=MAX_BITS if gelu_levels else None),
+        _linear(
+            fc1, mlp_parts.fc1.in_features, "gelu levels" if gelu_levels else "gelu", fc2.activation, mlp_parts.gelu
+        ),
+        _linear(fc2, mlp_parts.fc2.in_features, "residual", input_bits=MAX_BITS if gelu_levels else None),
     )
     return QuantBlock(norm(block.norm1, qkv), attn, norm(block.norm2, fc1), mlp)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vitq_kernels.models import build_vit
+from vitq_kernels.models import build_model
 from vitq_kernels.presets.norm import NormWithInput
 from vitq_kernels.presets.preset import Simulation
 from vitq_kernels.presets.quantizers import QUANTIZERS, FakeQuantizer
@@ -50,7 +50,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     manifest, tensors = read_tensors(path, FORMAT)
     try:
         record = Simulation.from_json(json.dumps(manifest["simulation"]))
-        model = simulated(build_vit(record.model_config, "meta"))
+        model = simulated(build_model(record.model_config, "meta"))
         for name, described in manifest["quantizers"].items():
             buffers = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
             _place(model, name, QUANTIZERS[described["class"]](**buffers, **described["config"]))

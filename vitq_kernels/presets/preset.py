@@ -100,7 +100,7 @@ class Simulation:
     completed: tuple[str, ...]
     calibration_images: int  # really used
     seed: int
-    model_config: Mapping[str, Any]  # of models.vit_config
+    model_config: Mapping[str, Any]  # of models.model_config
     allocation: BitAllocation
     sites: tuple[Site, ...]
     executes: str = "simulated"

@@ -1,0 +1,89 @@
+"""The attention of a block to integers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vitq_kernels.compensation import BlockOutputs, Stream
+from vitq_kernels.models import BlockParts
+from vitq_kernels.nn import QuantAttention, QuantLinear
+from vitq_kernels.quantizers import (
+    AffineQuantizer,
+    affine_quantizer,
+    log2_levels,
+    log2_steps,
+    query_key_scales,
+)
+from vitq_kernels.site_converter import SiteConverter
+from vitq_kernels.spec import MIN_BITS
+
+
+def convert_attention(
+    sites: SiteConverter,
+    block: BlockParts,
+    quantizer: AffineQuantizer,
+    inputs: Stream,
+    stream: Stream,
+    wanted: list[BlockOutputs],
+) -> QuantAttention:
+    """qkv, integer attention and proj (semantics S4); the stream moves on behind it.
+
+    Keys are centred by their mean, which softmax does not see; values by the middle of their range, which comes
+    back through proj's bias.
+
+    Args:
+        sites: what is known of the model.
+        block: whose attention it is.
+        quantizer: of its input.
+        inputs: codes that enter it.
+        stream: the residual stream that enters the block; the one behind attention afterwards.
+        wanted: what the float block computes; empty without images.
+    """
+    qkv_site, qk, av, proj_site = (f"{block.name}.attn.{s}" for s in ("qkv", "qk", "av", "proj"))
+    attn, stats = block.attn, sites.stats
+    heads, dim = attn.num_heads, attn.head_dim
+    code_bits, av_bits = sites.bits[qk].activation, sites.bits[av].activation
+    low, high = stats.qkv[qkv_site].choose(code_bits, sites.config)
+    _, key_mean, _ = stats.output_mean[qkv_site].chunk(3)
+    middle = ((low + high) / 2).chunk(3)[2]
+    centre = torch.cat((torch.zeros_like(middle), key_mean, middle))
+    radius = torch.maximum((low - centre).abs(), (high - centre).abs())
+    q_scale, k_scale, score_scale = query_key_scales(*radius.chunk(3)[:2], heads, code_bits)
+    v_scale = affine_quantizer(-radius.chunk(3)[2], radius.chunk(3)[2], code_bits).scale
+
+    folded = sites.fold(qkv_site, attn.qkv, quantizer, inputs, targets=[w.qkv for w in wanted])
+    out_scale = torch.cat((q_scale, k_scale, v_scale))
+    qkv = QuantLinear(
+        folded.weight,
+        folded.multiplier(out_scale),
+        folded.bias_q(centre),
+        "codes",
+        zero_point=torch.zeros_like(folded.zero_sum, dtype=torch.int32),
+        out_bits=code_bits,
+        input_bits=folded.input_bits,
+    )
+    tau_index = stats.tau_error[av][av_bits - MIN_BITS].argmin(0)
+    tau = [log2_steps(av_bits)[i] for i in tau_index.tolist()]
+    octaves = attn.softmax_scale * math.log2(math.e)
+    kappa = score_scale.double() * octaves / torch.tensor(tau, dtype=torch.float64, device=score_scale.device)
+    out = sites.quantizer(proj_site, "proj", shift=middle)
+    shape = (heads, dim)
+    result = QuantAttention(
+        qkv,
+        qkv,  # replaced below, once the codes that enter proj exist
+        kappa.float(),
+        torch.stack([log2_levels(av_bits, t) for t in tau]).to(kappa.device),
+        (v_scale.double() / out.scale.double()).float().view(shape),
+        out.zero_point.view(shape),
+        out.bits,
+    )
+    codes = [result.attend(x) for x in inputs]
+    # What the residual stream lacks, the errors of the blocks before included.
+    targets = [w.middle - x for w, x in zip(wanted, stream, strict=bool(wanted))]
+    scale = block.layer_scale1
+    proj = sites.fold(proj_site, attn.proj, out, codes, targets=targets, layer_scale=scale, shift=middle)
+    result.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual", input_bits=proj.input_bits)
+    stream[:] = map(result.proj, codes, stream)
+    return result

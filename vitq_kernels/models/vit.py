@@ -1,0 +1,179 @@
+"""timm's VisionTransformer: ViT, DeiT and distilled DeiT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from timm.layers import Attention, LayerScale
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vitq_kernels.models.parts import (
+    AttentionParts,
+    BlockParts,
+    FloatStep,
+    ModelParts,
+    Step,
+    UnsupportedModelError,
+)
+from vitq_kernels.models.timm_layers import (
+    classifiers,
+    embedded_pixels,
+    mlp_parts,
+    patch_convolution,
+    why_no_layers,
+    why_no_mlp,
+)
+
+CLASSES = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}
+
+
+@dataclass(frozen=True)
+class VitParts(ModelParts):
+    """A VisionTransformer; tokens are [B, S, C]."""
+
+    model: VisionTransformer
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Of the base class."""
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of the base class."""
+        return self.model.forward_head(self.model.norm(tokens))
+
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """Of the base class."""
+        names = ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
+        found = {name: self.model.get_submodule(name) for name in names}
+        if isinstance(self.model, VisionTransformerDistilled):
+            found["fc_norm"] = nn.Identity()  # its forward_head never calls it
+        return found
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Of the base class."""
+        return embedded_pixels(self.model.patch_embed, images)
+
+    def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Of the base class."""
+        if self.model.dynamic_img_size:
+            patches = patches.unflatten(1, grid)
+        return self.model.patch_drop(self.model._pos_embed(patches))
+
+    def head_inputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Of the base class."""
+        if isinstance(self.model, VisionTransformerDistilled):
+            return {"head": tokens[:, 0], "head_dist": tokens[:, 1]}
+        return {"head": self.model.pool(tokens)}
+
+
+def cut(model: VisionTransformer) -> VitParts:
+    """Cuts a VisionTransformer into its parts; what has no integer form is named in ``left_in_float``.
+
+    Raises:
+        UnsupportedModelError: the patch embedding has no integer form.
+    """
+    conv = patch_convolution(model.patch_embed)
+    left: dict[str, str] = {}
+    if model.attn_pool is not None:
+        left["attn_pool"] = f"{type(model.attn_pool).__name__} pooling"
+    patches = model.patch_embed.num_patches
+    prefix = int(model.num_prefix_tokens)
+    steps: list[Step] = []
+    for index, block in enumerate(model.blocks):
+        name, reason = f"blocks.{index}", _why_unsupported(block)
+        if reason is None:
+            steps.append(_block_parts(name, block, patches + prefix))
+        else:
+            steps.append(FloatStep(name))
+            left[name] = reason
+    heads, others = classifiers(model, ("head", "head_dist"))
+    reads = len(heads) or 1 if model.global_pool == "token" else 0
+    return VitParts(model, "patch_embed.proj", conv, patches, tuple(steps), heads, left | others, prefix, reads)
+
+
+def _why_unsupported(block: nn.Module) -> str | None:
+    """The first feature of a block that the integer kernels lack, or None."""
+    if type(block) is not Block:
+        return f"block type {type(block).__name__}"
+    attn = block.attn
+    if type(attn) is not Attention:
+        return f"attention type {type(attn).__name__}"
+    if getattr(attn, "gate", None) is not None:
+        return "gated attention"
+    for name in ("q_norm", "k_norm", "norm"):
+        if not isinstance(getattr(attn, name, nn.Identity()), nn.Identity):
+            return f"Attention.{name} (qk-norm or scaled norm)"
+    for name in ("ls1", "ls2"):
+        if not isinstance(getattr(block, name), nn.Identity | LayerScale):
+            return f"{name} of type {type(getattr(block, name)).__name__}"
+    return why_no_mlp(block.mlp) or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
+
+
+def _block_parts(name: str, block: Block, tokens: int) -> BlockParts:
+    attn = block.attn
+    head_dim = attn.qkv.out_features // (3 * attn.num_heads)
+    return BlockParts(
+        name,
+        tokens,
+        block.norm1,
+        AttentionParts(attn.qkv, attn.proj, attn.num_heads, head_dim, float(attn.scale)),
+        getattr(block.ls1, "gamma", None),
+        block.norm2,
+        mlp_parts(block.mlp),
+        getattr(block.ls2, "gamma", None),
+    )
+
+
+def describe(parts: ModelParts) -> dict[str, Any]:
+    """The constructor's arguments, and whether the patch embedding ends in a norm.
+
+    Raises:
+        UnsupportedModelError: the blocks cannot come from one constructor.
+    """
+    model, first = parts.model, parts.blocks[0]
+    if any(block.mlp.gelu != first.mlp.gelu for block in parts.blocks):
+        raise UnsupportedModelError("blocks must share one form of GELU to be described")
+    arguments = {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": parts.patch_proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": first.attn.num_heads,
+        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
+        "mlp_ratio": (first.mlp.fc1.out_features + 0.5) / model.embed_dim,
+        "qkv_bias": first.attn.qkv.bias is not None,
+        "proj_bias": first.attn.proj.bias is not None,
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": model.num_reg_tokens,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+        "act_layer": {"none": "gelu", "tanh": "gelu_tanh"}[first.mlp.gelu],
+    }
+    if getattr(model, "pool_include_prefix", False):
+        arguments["pool_include_prefix"] = True
+    return {"arguments": arguments, "embed_norm": not isinstance(model.patch_embed.norm, nn.Identity)}
+
+
+def build(config: Mapping[str, Any]) -> VisionTransformer:
+    """The inverse of ``describe``, weights uninitialised."""
+    arguments = dict(config["arguments"])
+    for name in ("img_size", "patch_size"):
+        arguments[name] = tuple(arguments[name])
+    if config["embed_norm"]:
+        arguments["embed_norm_layer"] = partial(nn.LayerNorm)
+    return CLASSES[config["class"]](**arguments, weight_init="skip")
