@@ -8,42 +8,62 @@
 // Pipeline    kStages stages of 128 columns, each with a barrier "full" (the bytes are there) and "empty" (all warps have
 //             left). Tokens come as a box of a tensor map, swizzled, with zeros beyond the matrix; a group's step is one
 //             bulk copy.
-// Way out     Through shared memory (gemm_store.cuh): a thread has two rows of many tokens.
+// Way out     Through shared memory (gemm_store.cuh): a thread has two rows of many tokens. Where K is cut into parts,
+//             through that of all blocks of a cluster (gemm_sm90_parts.cuh).
 // Source      PTX ISA 9.7.15 (wgmma), 9.7.13.15 (mbarrier), 9.7.9.25 (bulk copies); ../shared/docs/kernels.md 3.1 to 3.3.
 #pragma once
 
 #include <algorithm>
 
-#include "gemm_sm90_tiles.cuh"
-#include "gemm_store.cuh"
+#include "gemm_sm90_parts.cuh"
 #include "launch.cuh"
 #include "tensor_map.cuh"
 
 namespace vitq {
 
-// Which tiles come in which turn of a cluster; rows first, so that clusters beside each other share tokens in L2.
+// Which tiles come in which turn of a cluster; rows first, so that clusters beside each other share tokens in L2. A
+// cluster is the blocks that share tokens, one below the other, times the parts of K; with several parts it has one turn.
 struct TileOrder {
-  int row_tiles, token_tiles, parts;
+  int row_tiles, token_tiles;
+  int part_bits;  // parts are a power of two, so that nothing divides by them
 
   template <class T>
   static __host__ __device__ TileOrder of(const GemmArguments& with, int parts) {
     constexpr int kRows = T::kRows * T::kCluster;
-    return {(with.rows + kRows - 1) / kRows, (with.tokens + T::kTokens - 1) / T::kTokens, parts};
+    return {(with.rows + kRows - 1) / kRows, (with.tokens + T::kTokens - 1) / T::kTokens,
+            parts / 2};  // of 1, 2 and 4 the logarithm
   }
-  __host__ __device__ int count() const { return row_tiles * token_tiles * parts; }
+  __host__ __device__ int count() const { return row_tiles * token_tiles; }
+  template <class T>
+  __device__ bool in_parts() const {
+    return T::kMostParts > 1 && part_bits > 0;
+  }
 };
 
+// What a block does in the cluster.
+template <class T>
+struct Member {
+  int rank, part;
+
+  __device__ __forceinline__ explicit Member(const TileOrder& order) : rank(0), part(0) {
+    if (T::kCluster > 1 || order.in_parts<T>()) rank = static_cast<int>(cluster_rank());
+    part = rank / T::kCluster;
+  }
+  __device__ int row() const { return rank % T::kCluster; }
+  __device__ unsigned first_sharer() const { return static_cast<unsigned>(part * T::kCluster); }  // of the same tokens
+};
+
+template <class T>
 struct TilePlace {
-  int row, token, part;  // where it begins; row in tiles of a cluster, token in tiles
+  int row, token;        // where the block's tile begins, in tiles
   int slice, end_slice;  // of K, a stage each
 
-  __device__ TilePlace(const TileOrder& order, int tile, int steps) {
+  __device__ TilePlace(const TileOrder& order, const Member<T>& member, int tile, int steps) {
     const int slices = (steps + kStepsOfStage - 1) / kStepsOfStage;
-    row = tile % order.row_tiles;
-    token = tile / order.row_tiles % order.token_tiles;
-    part = tile / order.row_tiles / order.token_tiles;
-    slice = slices * part / order.parts;
-    end_slice = slices * (part + 1) / order.parts;
+    row = tile % order.row_tiles * T::kCluster + member.row();
+    token = tile / order.row_tiles;
+    slice = slices * member.part >> order.part_bits;
+    end_slice = slices * (member.part + 1) >> order.part_bits;
   }
 };
 
@@ -67,35 +87,33 @@ struct Ring {
   }
 };
 
-// The turns of this block's cluster, and the block's tile of rows in one.
+// The turns of this block's cluster.
 template <class T>
-__device__ __forceinline__ int first_turn() {
-  return static_cast<int>(blockIdx.x) / T::kCluster;
+__device__ __forceinline__ int first_turn(const TileOrder& order) {
+  return static_cast<int>(blockIdx.x) / T::kCluster >> order.part_bits;
 }
 template <class T>
-__device__ __forceinline__ int turns() {
-  return static_cast<int>(gridDim.x) / T::kCluster;
-}
-template <class T>
-__device__ __forceinline__ int row_tile(const TilePlace& place) {
-  return T::kCluster == 1 ? place.row : place.row * T::kCluster + static_cast<int>(cluster_rank());
+__device__ __forceinline__ int turns(const TileOrder& order) {
+  return static_cast<int>(gridDim.x) / T::kCluster >> order.part_bits;
 }
 
 // The loading thread: every stage of every tile of this block.
 template <class T>
 __device__ __forceinline__ void load_tiles(const GemmArguments& with, const TensorMap& map, const TileOrder& order) {
   const LinearWeight& weight = with.weight;
+  const Member<T> member(order);
   Ring<T> ring{weight.widest};
-  for (int tile = first_turn<T>(); tile < order.count(); tile += turns<T>()) {
-    const TilePlace place(order, tile, weight.steps);
+  for (int tile = first_turn<T>(order); tile < order.count(); tile += turns<T>(order)) {
+    const TilePlace<T> place(order, member, tile, weight.steps);
     int bits[T::kWorkers], first[T::kWorkers], bits_together = 0;
 #pragma unroll
     for (int worker = 0; worker < T::kWorkers; ++worker) {
-      const int group = row_tile<T>(place) * T::kWorkers + worker;
+      const int group = place.row * T::kWorkers + worker;
       bits[worker] = group < weight.group_count ? weight.groups[2 * group] : 0;
       first[worker] = group < weight.group_count ? weight.groups[2 * group + 1] : 0;
       bits_together += bits[worker];
     }
+#pragma unroll 1
     for (int slice = place.slice; slice < place.end_slice; ++slice) {
       VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
       // Of an odd last step's second half the tokens are zeros, the weights what lay there.
@@ -103,9 +121,9 @@ __device__ __forceinline__ void load_tiles(const GemmArguments& with, const Tens
       mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
       if constexpr (T::kCluster > 1) {  // each block brings its share to all
         constexpr int kShare = T::kTokens / T::kCluster;
-        const int its = static_cast<int>(cluster_rank()) * kShare;
+        const int its = member.row() * kShare;
         copy_box(ring.tokens() + its * kTokenLine, map, step * kStepColumns, place.token * T::kTokens + its,
-                 ring.full(), (1u << T::kCluster) - 1);
+                 ring.full(), ((1u << T::kCluster) - 1) << member.first_sharer());
       } else {
         copy_box(ring.tokens(), map, step * kStepColumns, place.token * T::kTokens, ring.full());
       }
@@ -133,7 +151,8 @@ __device__ __forceinline__ void unpack_step(const unsigned char* chunks, int war
 // All slices of a worker whose group has kBits; 0: it has no group, and only leaves the stages. The second step of a
 // slice is unpacked while the first one's products run; across slices the other workers keep the tensor cores busy.
 template <int kBits, class T>
-__device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], Ring<T>& ring, int slices) {
+__device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], Ring<T>& ring, int slices,
+                                               unsigned first_sharer) {
   const unsigned warp = static_cast<unsigned>(warp_index());
   for (; slices > 0; --slices) {
     VITQ_WAIT(ring.full(), ring.parity);
@@ -157,12 +176,19 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
     }
     sync_warp();
     if constexpr (T::kCluster > 1) {  // what the other blocks bring lands here too
-      if (lane_index() < T::kCluster) mbarrier_arrive_at(ring.empty(), lane_index());
+      if (lane_index() < T::kCluster) mbarrier_arrive_at(ring.empty(), first_sharer + lane_index());
     } else {
       if (lane_index() == 0) mbarrier_arrive(ring.empty());
     }
     ring.advance();
   }
+}
+
+// The first of a worker thread's two rows in the rows of its warpgroup, the second is 2 further: row lane / 4 of the
+// warp's fragment of 16 is the layout's fragment 2 (warp % 4), row + 8 the next one.
+__device__ __forceinline__ int row_of_worker() {
+  const unsigned lane = lane_index();
+  return static_cast<int>(lane / 8 * 16 + static_cast<unsigned>(warp_index()) % 4 * 4 + lane / 4 % 2);
 }
 
 // A row of this thread: what its outputs need, and where they are staged.
@@ -173,20 +199,16 @@ struct WorkerRow {
 
 template <Epilogue kKind, class T>
 __device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int first_row, int at) {
-  const int stored = first_row + at;
-  const bool reordered = with.weight.order != nullptr && stored < kGroupRows * with.weight.group_count;
-  const int row = reordered ? with.weight.order[stored] : stored;
+  const int row = model_row(with, first_row + at);
   WorkerRow found;
   found.offset = staged_offset(T::kRows == kWindowRows ? row - first_row : at);
-  if constexpr (kKind != Epilogue::kPartial) {
-    float multiplier, zero, inv_scale;
-    int32_t bias;
-    load_vectors<kKind>(with.epilogue, row, with.rows, multiplier, bias, zero, inv_scale);
+  float multiplier, zero, inv_scale;
+  int32_t bias;
+  load_vectors<kKind>(with.epilogue, row, with.rows, multiplier, bias, zero, inv_scale);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      found.vectors.multiplier[i] = multiplier, found.vectors.bias[i] = bias;
-      found.vectors.zero[i] = zero, found.vectors.inv_scale[i] = inv_scale;
-    }
+  for (int i = 0; i < kRun; ++i) {
+    found.vectors.multiplier[i] = multiplier, found.vectors.bias[i] = bias;
+    found.vectors.zero[i] = zero, found.vectors.inv_scale[i] = inv_scale;
   }
   return found;
 }
@@ -195,20 +217,17 @@ __device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int f
 // all workers together.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
-                                           const TileOrder& order, int tile, int bits) {
+                                           const TilePlace<T>& place, int shift) {
   constexpr int kElement = staged_element(kKind);
   using S = WgmmaStaging<T, kElement>;
-  const TilePlace place(order, tile, with.weight.steps);
-  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index()), crew = 32 * warp / T::kStoringThreads;
-  const int first_row = row_tile<T>(place) * T::kRows + static_cast<int>(crew) * T::kStoredRows;
-  const int first_token = place.token * T::kTokens, shift = 8 - bits;
+  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index());
+  const unsigned crew = T::kStoredRows == T::kRows ? 0 : 32 * warp / T::kStoringThreads;
+  const int first_row = place.row * T::kRows + static_cast<int>(crew) * T::kStoredRows;
+  const int first_token = place.token * T::kTokens;
   unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens() + crew * wgmma_staged_bytes<T>();
-  // Row lane / 4 of the warp's fragment of 16 is the layout's fragment 2 (warp % 4), row + 8 the next one.
-  const unsigned group = warp % (T::kStoringThreads / 32) / 4;
-  const int at = static_cast<int>(group * kGroupRows + lane / 8 * 16 + warp % 4 * 4 + lane / 4 % 2);
+  const int at = static_cast<int>(warp % (T::kStoringThreads / 32) / 4) * kGroupRows + row_of_worker();
   const WorkerRow rows[2] = {worker_row<kKind, T>(with, first_row, at), worker_row<kKind, T>(with, first_row, at + 2)};
   const bool whole = is_whole(with, first_row + T::kStoredRows, first_token + T::kTokens);
-  void* to = output_of<kKind>(with, static_cast<unsigned>(place.part));
   unsigned char* of_lane = staged + lane % 4 * 8;
 #pragma unroll
   for (int pass = 0; pass < T::kTokens; pass += S::kTokens) {
@@ -239,29 +258,46 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
       }
     }
     VITQ_NAMED_BARRIER(1 + static_cast<int>(crew), T::kStoringThreads);  // the staged tokens are complete
-    store_from_shared<kKind, S>(with, to, staged, first_row, first_token + pass, whole,
+    store_from_shared<kKind, S>(with, with.out, staged, first_row, first_token + pass, whole,
                                 warp % (T::kStoringThreads / 32), T::kStoringThreads / 32);
   }
+}
+
+// All workers of all parts have staged their sums.
+__device__ __forceinline__ void sums_are_staged() { VITQ_CLUSTER_BARRIER(); }
+
+// The way out of a tile whose K is cut into parts.
+template <Epilogue kKind, class T>
+__device__ __forceinline__ void share_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
+                                           const Member<T>& member, const TilePlace<T>& place, int part_bits,
+                                           int shift) {
+  const int first_row = place.row * T::kRows;
+  stage_sums<T>(acc, warp_index() / 4 * kGroupRows + row_of_worker(), shift);
+  const RunOfRows<kKind> rows(with, first_row + first_of_run<T>(), is_scattered<T::kRows>(with));  // meanwhile
+  sums_are_staged();
+  finish_share<kKind, T>(with, rows, place.token * T::kTokens, member.part, part_bits,
+                         static_cast<unsigned>(member.row()));
 }
 
 // A worker warp: every tile of this block.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const TileOrder& order) {
+  const Member<T> member(order);
   Ring<T> ring{with.weight.widest};
   // Of two workers that store alone the second one begins when the last stage has been filled, which while the pipeline
   // fills is that many slices later: from then on one's way out and the other's products take turns.
-  if (T::kStoredRows < T::kRows && warp_index() >= 4 &&
-      TilePlace(order, 0, with.weight.steps).end_slice >= T::kStages) {
+  if (T::kStoredRows < T::kRows && warp_index() >= 4 && !order.in_parts<T>() &&
+      TilePlace<T>(order, member, 0, with.weight.steps).end_slice >= T::kStages) {
     delay_until(ring.full() + T::kStages - 1, 0);
   }
-  for (int tile = first_turn<T>(); tile < order.count(); tile += turns<T>()) {
-    const TilePlace place(order, tile, with.weight.steps);
-    const int group = row_tile<T>(place) * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
+  for (int tile = first_turn<T>(order); tile < order.count(); tile += turns<T>(order)) {
+    const TilePlace<T> place(order, member, tile, with.weight.steps);
+    const int group = place.row * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
     const int bits = group < with.weight.group_count ? with.weight.groups[2 * group] : 0;
     int32_t acc[T::kTokens / 2] = {};
-#define VITQ_WIDTH(width)                        \
-  case width:                                    \
-    multiply_group<width, T>(acc, ring, slices); \
+#define VITQ_WIDTH(width)                                               \
+  case width:                                                           \
+    multiply_group<width, T>(acc, ring, slices, member.first_sharer()); \
     break;
     switch (bits) {
       VITQ_WIDTH(2)
@@ -272,17 +308,23 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
       VITQ_WIDTH(7)
       VITQ_WIDTH(8)
       default:
-        multiply_group<0, T>(acc, ring, slices);
+        multiply_group<0, T>(acc, ring, slices, member.first_sharer());
     }
 #undef VITQ_WIDTH
-    store_tile<kKind, T>(with, acc, order, tile, bits);
+    if constexpr (T::kMostParts > 1) {
+      if (order.in_parts<T>()) {
+        share_tile<kKind, T>(with, acc, member, place, order.part_bits, 8 - bits);
+        continue;
+      }
+    }
+    store_tile<kKind, T>(with, acc, place, 8 - bits);
   }
 }
 
-// No block ends while others still arrive at its barriers.
+// No block ends while others still arrive at its barriers, or read its sums.
 template <class T>
-__device__ __forceinline__ void leave_cluster() {
-  if constexpr (T::kCluster > 1) VITQ_CLUSTER_BARRIER();
+__device__ __forceinline__ void leave_cluster(const TileOrder& order) {
+  if (T::kCluster > 1 || order.in_parts<T>()) VITQ_CLUSTER_BARRIER();
 }
 
 template <Epilogue kKind, class T>
@@ -297,7 +339,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     fence_mbarrier_init();
   }
   // The barriers are initialised, in all blocks that arrive at them.
-  if constexpr (T::kCluster > 1) {
+  if (T::kCluster > 1 || order.in_parts<T>()) {
     VITQ_CLUSTER_BARRIER();
   } else {
     VITQ_BARRIER();
@@ -305,32 +347,39 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x >= T::kWorkerThreads) {
     give_registers<T::kLoaderRegisters>();
     if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
-    leave_cluster<T>();
+    if (order.in_parts<T>()) sums_are_staged();
+    leave_cluster<T>(order);
     return;
   }
   take_registers<T::kWorkerRegisters>();
   multiply_tiles<kKind, T>(with, order);
-  leave_cluster<T>();
+  leave_cluster<T>(order);
 #else
   __trap();  // no wgmma before and after Hopper, nor in a build without sm_90a; ops/cuda does not ask for it there
 #endif
 }
 
-// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster.
+// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster; with several parts a
+// cluster a tile.
 template <Epilogue kKind, class T>
 void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
   const int bytes = wgmma_shared_bytes<T>(with.weight.widest);
   const int slices = (with.weight.steps + kStepsOfStage - 1) / kStepsOfStage;
-  require(parts <= slices, "linear: parts must be in 1.." + std::to_string(slices) + ", got " + std::to_string(parts));
+  const int most_parts = std::min(slices, T::kMostParts);
+  require((parts == 1 || parts == 2 || parts == 4) && parts <= most_parts,
+          "linear: parts must be 1, 2 or 4 and at most " + std::to_string(most_parts) + " on wgmma, got " +
+              std::to_string(parts));
   const TileOrder order = TileOrder::of<T>(with, parts);
-  require(int64_t{order.row_tiles} * order.token_tiles * parts < int64_t{1} << 30, "linear: too many tiles");
-  const int clusters = sm_count() / T::kCluster, blocks = T::kCluster * std::min(order.count(), clusters);
+  const int64_t most = (int64_t{1} << 30) / (T::kCluster * parts);
+  require(int64_t{order.row_tiles} * order.token_tiles < most, "linear: too many tiles");
+  const int cluster = T::kCluster * parts, at_once = parts > 1 ? order.count() : sm_count() / cluster;
+  const int blocks = cluster * std::min(order.count(), at_once);
   const auto kernel = &wgmma_kernel<kKind, T>;
   allow_shared_memory(kernel, bytes, "linear");  // first: a new thread has no context before a call of the runtime
   const TensorMap map =
       token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kCluster);
-  VITQ_LAUNCH_CLUSTERS(kernel, T::kCluster, static_cast<unsigned>(blocks), T::kThreads, bytes, stream, with, map,
-                       order);
+  VITQ_LAUNCH_CLUSTERS(kernel, static_cast<unsigned>(cluster), static_cast<unsigned>(blocks), T::kThreads, bytes,
+                       stream, with, map, order);
   check_launch("linear");
 }
 

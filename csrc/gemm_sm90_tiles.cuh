@@ -7,7 +7,7 @@
 namespace vitq {
 
 // Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages, blocks
-// of a cluster, which lie one below the other and share tokens.
+// that lie one below the other and share tokens. These are a cluster; where K is cut into parts, those of all parts are.
 #define VITQ_WGMMA_TILES(X) \
   X(6, 2, 256, 4, 2)        \
   X(7, 4, 128, 3, 1)        \
@@ -21,6 +21,9 @@ template <int kWorkers_, int kTokens_, int kStages_, int kCluster_>
 struct WgmmaTile {
   static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kRows = kGroupRows * kWorkers;
+  // Of K, a power of two: the largest cluster then has 8 blocks, which every GPU with clusters holds. The window's tile
+  // leaves most SMs idle where tokens are few, however K is cut, and its workers have no registers to spare.
+  static constexpr int kMostParts = kRows == kWindowRows ? 1 : 4;
   // The window of reordered rows is stored by all workers together; other tiles' workers store alone, so that one's way
   // out lies under the other's products. Of those that store together: rows and threads.
   static constexpr int kStoredRows = kRows == kWindowRows ? kRows : kGroupRows;

@@ -5,6 +5,19 @@
 
 namespace vitq {
 
+// The model's row of a stored one; N where there is none.
+__device__ __forceinline__ int model_row(const GemmArguments& with, int stored) {
+  if (with.weight.order == nullptr) return stored;
+  return stored < kGroupRows * with.weight.group_count ? with.weight.order[stored] : with.rows;
+}
+
+// Whether rows that lie side by side in the staging of a tile are apart in the model: a tile smaller than the window of
+// reordered rows stages them in stored order.
+template <int kRows>
+__device__ __forceinline__ bool is_scattered(const GemmArguments& with) {
+  return kRows < kWindowRows && with.weight.order != nullptr;
+}
+
 // Stores the codes of a run of 8 rows, of which `left` are inside. `vector`: N is a multiple of the run.
 __device__ __forceinline__ void store_codes(void* out, uint32_t low, uint32_t high, int64_t at, int left, bool vector) {
   int8_t* target = static_cast<int8_t*>(out) + at;
@@ -164,9 +177,7 @@ __device__ __forceinline__ void store_scattered(const GemmArguments& with, void*
   const int packs_at_once = static_cast<int>(warps > kBlocks ? warps / kBlocks : 1);
   for (unsigned block = warp % kBlocks; block < kBlocks; block += warps) {
     const int at = static_cast<int>(32 * block + lane_index());
-    int row = first_row + at;
-    if (S::kRows < kWindowRows && with.weight.order != nullptr)
-      row = row < kGroupRows * with.weight.group_count ? with.weight.order[row] : with.rows;
+    const int row = is_scattered<S::kRows>(with) ? model_row(with, first_row + at) : first_row + at;
     if (row >= with.rows) continue;
     const unsigned char* source = staged + staged_offset(at);
 #pragma unroll 1
@@ -189,7 +200,7 @@ template <Epilogue kKind, class S>
 __device__ __forceinline__ void store_from_shared(const GemmArguments& with, void* out, const unsigned char* staged,
                                                   int first_row, int first_token, bool whole, unsigned warp,
                                                   unsigned warps) {
-  if (with.rows % kRun != 0 || (S::kRows < kWindowRows && with.weight.order != nullptr)) {
+  if (with.rows % kRun != 0 || is_scattered<S::kRows>(with)) {
     store_scattered<kKind, S>(with, out, staged, first_row, first_token, warp, warps);
   } else if (whole) {
     store_staged<kKind, true, S>(with, out, staged, first_row, first_token, warp, warps);

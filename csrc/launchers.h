@@ -96,8 +96,9 @@ GemmTile gemm_tile(int index);
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);
 
 // a int8 [tokens, columns], rows `a_stride` bytes apart, both multiples of 16 and zero beyond K, to out [tokens, rows].
-// parts > 1: partial int32 [parts, tokens, rows] receives the sums, which a second kernel adds. native4: a holds codes
-// of 4 bits, the weight no group above 4, and the GPU is an sm_80, 86 or 89.
+// parts > 1: of K. On wgmma, where they are 2 or 4, one kernel adds them; else partial int32 [parts, tokens, rows]
+// receives their sums, which a second one adds. native4: a holds codes of 4 bits, the weight no group above 4, and the
+// GPU is an sm_80, 86 or 89.
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
             EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,
             cudaStream_t stream);

@@ -1,4 +1,5 @@
-// The launcher of the linear ops: a GEMM of either kind, in one part, or in several and a kernel that adds them.
+// The launcher of the linear ops: a GEMM of either kind; that of mma.sync in several parts is followed by a kernel that
+// adds them.
 
 #include "gemm_sm80.cuh"
 #include "gemm_sm90.cuh"
@@ -47,6 +48,8 @@ void launch_finish(const GemmArguments& with, const int32_t* partial, int parts,
   check_launch("linear, sum of the parts");
 }
 
+template <>
+void launch_gemm<Epilogue::kPartial>(const GemmArguments&, int, bool, int, cudaStream_t);
 #define VITQ_DECLARE(kind)                                                    \
   template <>                                                                 \
   void launch_gemm<kind>(const GemmArguments&, int, bool, int, cudaStream_t); \
@@ -55,16 +58,22 @@ void launch_finish(const GemmArguments& with, const int32_t* partial, int parts,
 VITQ_DECLARE(Epilogue::kCodes)
 VITQ_DECLARE(Epilogue::kGelu)
 VITQ_DECLARE(Epilogue::kReal)
-VITQ_DECLARE(Epilogue::kPartial)
 #undef VITQ_DECLARE
 
 template <Epilogue kKind>
-void launch_sums(const GemmArguments& with, int tile, bool native4, int parts, cudaStream_t stream) {
+void launch_linear(GemmArguments with, int tile, bool native4, int parts, int32_t* partial, cudaStream_t stream) {
   if (gemm_tile(tile).wgmma) {
     require(!native4, "linear: wgmma has no 4-bit products");
     launch_wgmma<kKind>(with, tile, parts, stream);
+  } else if (parts == 1) {
+    launch_gemm<kKind>(with, tile, native4, 1, stream);
   } else {
-    launch_gemm<kKind>(with, tile, native4, parts, stream);
+    require(partial != nullptr, "linear: several parts need room for their sums");
+    void* out = with.out;
+    with.out = partial;
+    launch_gemm<Epilogue::kPartial>(with, tile, native4, parts, stream);
+    with.out = out;
+    launch_finish<kKind>(with, partial, parts, stream);
   }
 }
 
@@ -81,21 +90,13 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
           "linear: the weight must begin at a multiple of 16 bytes");
   require(1 <= parts && parts <= weight.steps,
           "linear: parts must be in 1.." + std::to_string(weight.steps) + ", got " + std::to_string(parts));
-  require(parts == 1 || partial != nullptr, "linear: several parts need room for their sums");
   require(!native4 || weight.widest <= 4, "linear: 4-bit products need weights of at most 4 bits");
   if (tokens == 0) return;
-  GemmArguments with{a, a_stride, weight, tokens, rows, columns, out, epilogue};
-  const Epilogue how = static_cast<Epilogue>(kind);
-  if (parts > 1) {
-    with.out = partial;
-    launch_sums<Epilogue::kPartial>(with, tile, native4, parts, stream);
-    with.out = out;
-  }
-  switch (how) {
-#define VITQ_KIND(name)                                                            \
-  case Epilogue::name:                                                             \
-    return parts > 1 ? launch_finish<Epilogue::name>(with, partial, parts, stream) \
-                     : launch_sums<Epilogue::name>(with, tile, native4, parts, stream);
+  const GemmArguments with{a, a_stride, weight, tokens, rows, columns, out, epilogue};
+  switch (static_cast<Epilogue>(kind)) {
+#define VITQ_KIND(name) \
+  case Epilogue::name:  \
+    return launch_linear<Epilogue::name>(with, tile, native4, parts, partial, stream);
     VITQ_KIND(kCodes)
     VITQ_KIND(kGelu)
     VITQ_KIND(kReal)

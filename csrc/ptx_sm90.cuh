@@ -75,6 +75,22 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 #define VITQ_CLUSTER_BARRIER() vitq::cluster_barrier()
 
+// 9.7.9.23 mapa: the same place in the shared memory of a block of the cluster; 9.7.9.8 ld: eight bytes of it, further on.
+using ClusterPointer = uint32_t;
+__device__ __forceinline__ ClusterPointer place_in_block(const void* shared, unsigned rank) {
+  ClusterPointer there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ uint2 load_there(ClusterPointer there, int further) {
+  uint2 words;
+  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "r"(there + static_cast<uint32_t>(further))
+               : "memory");
+  return words;
+}
+
 // Arrives at the same barrier of another block of the cluster, or of this one.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
   asm volatile(
@@ -84,9 +100,14 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, unsigned r
       : "memory");
 }
 
-// 9.7.13.1 barrier.sync of `threads` threads of the block, one of 16.
+// 9.7.13.1 barrier.sync of `threads` threads of the block. The number, 1 or 2, stands in the instruction: one in a
+// register would reserve all 16.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
-  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
+  if (number == 1) {
+    asm volatile("barrier.sync.aligned 1, %0;" ::"r"(threads) : "memory");
+  } else {
+    asm volatile("barrier.sync.aligned 2, %0;" ::"r"(threads) : "memory");
+  }
 }
 #define VITQ_NAMED_BARRIER(number, threads) vitq::named_barrier(number, threads)
 

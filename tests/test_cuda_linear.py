@@ -34,6 +34,16 @@ def tile_id(number: int) -> str:
     return f"{'wgmma-' if tile.wgmma else ''}{tile.rows}x{tile.tokens}"
 
 
+def in_parts(most: int) -> list[Any]:
+    """Parameters: each tile with one part of K, and with the largest number of them up to ``most``."""
+    plans = [
+        Plan(number, parts)
+        for number, tile in enumerate(TILES)
+        for parts in {1, max(p for p in tile.parts() if p <= most)}
+    ]
+    return [pytest.param(plan, id=f"{tile_id(plan.tile)}-{plan.parts}") for plan in plans]
+
+
 def linear_case(groups: RowGroups, m: int, k: int, a_bits: int = 8, kind: str = "random") -> Case:
     """linear_codes on codes of ``a_bits``; the multipliers spread the sums over the codes."""
     n = groups.rows
@@ -73,19 +83,18 @@ def check(case: Case, device: str, input_bits: int = 8) -> None:
         assert_reals_close(got, exact_reals(case), wanted)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_id)
+@pytest.mark.parametrize("plan", in_parts(4))
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_every_tile_and_width(cuda: BackendCase, bits: int, tile: int, parts: int) -> None:
-    with forced(Plan(tile, parts)):
-        check(linear_case(RowGroups.uniform(72, bits), 35, 392, kind="extreme" if tile % 2 else "random"), cuda.device)
+def test_every_tile_and_width(cuda: BackendCase, bits: int, plan: Plan) -> None:
+    kind = "extreme" if plan.tile % 2 else "random"
+    with forced(plan):
+        check(linear_case(RowGroups.uniform(72, bits), 35, 392, kind=kind), cuda.device)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_id)
+@pytest.mark.parametrize("plan", in_parts(2))
 @pytest.mark.parametrize("op", LINEAR_OPS)
-def test_rows_of_mixed_widths_come_out_in_order(cuda: BackendCase, op: str, tile: int, parts: int) -> None:
-    with forced(Plan(tile, parts)):
+def test_rows_of_mixed_widths_come_out_in_order(cuda: BackendCase, op: str, plan: Plan) -> None:
+    with forced(plan):
         check(next(case for case in CASES[op] if case.arguments["weight"].groups.order is not None), cuda.device)
         if op == "linear_codes":
             check(linear_case(MIXED, 37, 130), cuda.device)
@@ -104,13 +113,13 @@ def test_whole_tiles_of_mixed_rows(cuda: BackendCase, tile: int, dtype: torch.dt
         check(case, cuda.device)
 
 
-@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_id)
+@pytest.mark.parametrize("plan", in_parts(2))
 @pytest.mark.parametrize("op", LINEAR_OPS)
-def test_every_epilogue_of_every_tile(cuda: BackendCase, op: str, tile: int) -> None:
+def test_every_epilogue_of_every_tile(cuda: BackendCase, op: str, plan: Plan) -> None:
     case = next(c for c in CASES[op] if c.arguments["weight"].groups.order is None and c.label.endswith("random"))
-    for parts in (1, 2):
-        with forced(Plan(tile, min(parts, -(-case.arguments["a"].shape[-1] // 128)))):
-            check(case, cuda.device)
+    most = -(-case.arguments["a"].shape[-1] // 128)
+    with forced(replace(plan, parts=min(plan.parts, most))):
+        check(case, cuda.device)
 
 
 @pytest.mark.parametrize("kind", ["random", "extreme", "one_sided"])
@@ -181,9 +190,11 @@ def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
     [
         ({"tile": 9}, "no tile 9"),
         ({"parts": 5}, r"parts must be in 1..4, got 5"),
-        ({"tile": 6, "parts": 3}, r"parts must be in 1..2, got 3"),
+        ({"tile": 6, "parts": 3}, "parts must be 1, 2 or 4 and at most 2 on wgmma, got 3"),
+        ({"tile": 8, "parts": 4}, "parts must be 1, 2 or 4 and at most 2 on wgmma, got 4"),
+        ({"tile": 7, "parts": 2}, "parts must be 1, 2 or 4 and at most 1 on wgmma, got 2"),
     ],
-    ids=["tile", "parts", "wgmma-parts"],
+    ids=["tile", "parts", "wgmma-parts", "wgmma-stages", "wgmma-window"],
 )
 def test_a_wrong_call_is_refused(emulated: BackendCase, changes: dict[str, Any], message: str) -> None:
     plan = Plan(changes.get("tile", 0), changes.get("parts", 1))

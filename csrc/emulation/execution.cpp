@@ -74,7 +74,7 @@ struct Thread {
 class Stacks {
  public:
   unsigned char* at(size_t index) {
-    while (stacks_.size() <= index) stacks_.push_back(std::make_unique<unsigned char[]>(kStackBytes));
+    while (stacks_.size() <= index) stacks_.emplace_back(new unsigned char[kStackBytes]);  // untouched: no pages yet
     return stacks_[index].get();
   }
 
@@ -430,6 +430,18 @@ void* place_in_block(void* shared, unsigned rank) {
   if (is_done(cluster->blocks.at(rank)->threads()))
     throw std::runtime_error("emulation: memory of a block that has ended");
   return cluster->blocks[rank]->shared() + (static_cast<unsigned char*>(shared) - current->shared());
+}
+
+void read_of_cluster(void* to, const void* from, size_t bytes) {
+  const auto* at = static_cast<const unsigned char*>(from);
+  for (const auto& block : cluster->blocks) {
+    if (!block->contains(at) || !block->contains(at + bytes - 1)) continue;
+    if (is_done(block->threads())) break;
+    if (reinterpret_cast<uintptr_t>(from) % bytes) throw std::runtime_error("emulation: ld.shared::cluster unaligned");
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  throw std::runtime_error("emulation: ld.shared::cluster outside of the blocks that run");
 }
 
 void cluster_barrier(int line) {

@@ -61,6 +61,8 @@ void cluster_barrier(int line);
 unsigned cluster_rank();  // of the running thread's block
 // The same place in the shared memory of another block of the cluster.
 void* place_in_block(void* shared, unsigned rank);
+// Reads shared memory of any block of the cluster that still runs.
+void read_of_cluster(void* to, const void* from, size_t bytes);
 
 // A warp instruction: `execute` runs once, with the operands that each lane gave. Of `width` threads: of a warpgroup.
 using Execute = void (*)(void* const operands[]);

@@ -33,6 +33,16 @@ inline void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
 }
 inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 
+using ClusterPointer = const unsigned char*;
+inline ClusterPointer place_in_block(const void* shared, unsigned rank) {
+  return static_cast<ClusterPointer>(emulation::place_in_block(const_cast<void*>(shared), rank));
+}
+inline uint2 load_there(ClusterPointer there, int further) {
+  uint2 words;
+  emulation::read_of_cluster(&words, there + further, sizeof words);
+  return words;
+}
+
 namespace emulation {
 
 constexpr unsigned char kUnderWay = 0xCE;

@@ -109,7 +109,7 @@ def _linear(
     widest, ordered = w.present()[-1], w.order.shape[0] > 0
     native4 = w.input_bits <= 4 and widest <= 4 and gpu.cc in NATIVE_4BIT
     plan = choose(Problem(m, n, k, widest, ordered, native4), gpu)
-    partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.parts > 1 else None
+    partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.has_workspace else None
 
     # Held here until the launch: only their addresses are handed over.
     given = {name: None if tensor is None else _aligned(tensor) for name, tensor in vectors.items()}

@@ -17,7 +17,10 @@ device_check).
 On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, a step waits for shared memory too (tokens read
 by each warpgroup, bytes that arrive, words unpacked: docs/cuda_cost_model.md), and a block fills its stages only once:
 FILL + n (steps max(mma, load, shared) + way out). How much of one warpgroup's way out lies under the other's products
-is not known, so nothing of it is counted."""
+is not known, so nothing of it is counted. Parts of K are the blocks of a cluster there, in one launch: each has the
+steps of a part and a share of the way out, and in between
+
+    exchange = MEETING + 4 R T / 128 + 4 R T (parts - 1) / parts / DSMEM   sums staged, and read by the others"""
 
 from __future__ import annotations
 
@@ -38,6 +41,9 @@ LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
 WINDOW_ROWS = 256  # reordered rows stay in it: a tile that holds it stores whole sectors
 PARTS = (1, 2, 3, 4, 6, 8, 12)
+WGMMA_PARTS = (1, 2, 4)  # the blocks of a cluster
+MEETING_CLOCKS = 1000  # two barriers of a cluster, the first sums from another SM; assumed
+DSMEM_BYTES = 14  # a clock and SM from other SMs, assumed: what is published adds up to about 3.3 TB/s of a H100
 VECTOR_BYTES = 20  # a row of the tile: four vectors and where it is staged
 BARRIER_BYTES = 1024  # of wgmma, with what aligns the stages behind them
 STEPS_OF_STAGE = 2  # of wgmma
@@ -54,6 +60,15 @@ class Tile:
     blocks: int  # an SM that the registers leave room for
     wgmma: bool = False  # Hopper's kernel
     cluster: int = 1  # blocks, one below the other, that share tokens
+
+    def parts(self) -> tuple[int, ...]:
+        """Into how many parts of K the kernel can cut; the window's tile of wgmma into none."""
+        return PARTS if not self.wgmma else WGMMA_PARTS if self.rows < WINDOW_ROWS else (1,)
+
+    def exchange_clocks(self, parts: int) -> float:
+        """Clocks from the last product of a part on wgmma until its block has its share of the sums."""
+        sum_bytes = 4 * self.rows * self.tokens
+        return MEETING_CLOCKS + sum_bytes / 128 + sum_bytes * (1 - 1 / parts) / DSMEM_BYTES if parts > 1 else 0.0
 
     def step_bytes(self, widest: int) -> int:
         """Bytes of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
@@ -150,6 +165,11 @@ class Plan:
     tile: int  # in TILES
     parts: int = 1  # of K
 
+    @property
+    def has_workspace(self) -> bool:
+        """Whether the parts' sums go through memory, and a second kernel adds them."""
+        return self.parts > 1 and not TILES[self.tile].wgmma
+
     def __str__(self) -> str:
         tile = TILES[self.tile]
         parts = f", {self.parts} parts" if self.parts > 1 else ""
@@ -207,7 +227,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
         for number, tile in enumerate(TILES)
         if tile.shared_bytes(problem.widest) <= arch.shared_bytes
         and (not tile.wgmma or (arch.wgmma_products and gpu.has_wgmma and not problem.native4))
-        for parts in PARTS
+        for parts in tile.parts()
         # A part keeps at least two steps to run through, of wgmma two stages.
         if parts == 1 or problem.steps >= 2 * parts * (STEPS_OF_STAGE if tile.wgmma else 1)
     ]
@@ -225,18 +245,22 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     steps = -(-problem.steps // plan.parts)
     reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS else 0.0
     scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
-    busy = steps * step + tile.rows * tile.tokens * scatter
-    way_out = tile.rows * tile.tokens * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
+    outputs = tile.rows * tile.tokens / (plan.parts if tile.wgmma else 1)  # that a block finishes
+    busy, way_out = steps * step + outputs * scatter, outputs * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
     row_blocks = -(-problem.rows // (tile.rows * tile.cluster)) * tile.cluster
     blocks = row_blocks * -(-problem.tokens // tile.tokens) * plan.parts
-    each_sm = -(-blocks // gpu.sms)
-    if tile.wgmma:
-        clocks = FILL_CLOCKS + each_sm * (busy + way_out)
+    if tile.wgmma and plan.parts > 1:  # a cluster is placed as a whole, and starts anew for each tile
+        cluster = tile.cluster * plan.parts
+        turns = math.ceil(blocks / cluster / (gpu.sms // cluster))
+        clocks = turns * (FILL_CLOCKS + busy + tile.exchange_clocks(plan.parts) + way_out)
+    elif tile.wgmma:
+        clocks = FILL_CLOCKS + -(-blocks // gpu.sms) * (busy + way_out)
     else:
+        each_sm = -(-blocks // gpu.sms)
         resident = max(1, min(tile.blocks, arch.shared_per_sm // (tile.shared_bytes(problem.widest) + 1024)))
         clocks = max(math.ceil(each_sm / resident) * (FILL_CLOCKS + busy + way_out), each_sm * busy)
     us = LAUNCH_US + clocks / (1e3 * arch.ghz)
-    if plan.parts > 1:
+    if plan.has_workspace:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
         us += LAUNCH_US + sum_bytes / (gpu.sms * arch.l2_bytes * 1e3 * arch.ghz)
     return us
