@@ -42,6 +42,12 @@ def launch_of(kernel: str) -> tuple[int, int]:
     attention = re.match(r"attention_kernel<(\d), (\d)>", kernel)
     if attention:
         return 128, 3 * 64 * 32 * int(attention.group(1)) + 256  # two stages of keys, one of values, the levels
+    hopper = re.match(r"attention_wgmma_kernel<(\d+), (\d+), (\w+)>", kernel)
+    if hopper:
+        dim, keys, tiles = int(hopper.group(1)), int(hopper.group(2)), 1 if hopper.group(3) == "whole" else 2
+        # Two stages of keys, values and levels of the shortest sequence that the shape is for.
+        of_keys = -(-tiles * keys * (-(-dim // 32) * 32) // 1024) * 1024
+        return 384, 1024 + 2 * (1024 + of_keys + tiles * -(-keys // 128) * 128 * dim)
     rows = re.match(r"(?:any_)?row_kernel<(\d+)", kernel)
     if rows and int(rows.group(1)) > 32:
         return ROW_THREADS, 4 * (ROW_THREADS // 32) * 4

@@ -35,7 +35,7 @@ class Instruction:
 class Kernel:
     """One kernel for one architecture."""
 
-    name: str  # gemm_kernel<codes, s8, 256x128>, attention_kernel<2, 4>, ...
+    name: str  # gemm_kernel<codes, s8, 256x128>, attention_wgmma_kernel<64, 208, whole>, ...
     arch: str
     instructions: tuple[Instruction, ...]
 
@@ -137,6 +137,10 @@ def _short(demangled: str) -> str:
     wgmma = re.match(r"wgmma_kernel<\(Epilogue\)(\d), WgmmaTile<(\d), (\d+), \d+, \d+>", name)
     if wgmma:
         return f"wgmma_kernel<{EPILOGUES[int(wgmma.group(1))]}, {64 * int(wgmma.group(2))}x{wgmma.group(3)}>"
+    attention = re.match(r"attention_wgmma_kernel<hopper_attention::Shape<(\d+), (\d+), (true|false)> ?>", name)
+    if attention:
+        dim, keys, whole = attention.groups()
+        return f"attention_wgmma_kernel<{dim}, {keys}, {'whole' if whole == 'true' else 'tiles'}>"
     finish = re.match(r"finish_kernel<\(Epilogue\)(\d)>", name)
     if finish:
         return f"finish_kernel<{EPILOGUES[int(finish.group(1))]}>"

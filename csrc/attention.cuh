@@ -5,6 +5,8 @@
 
 namespace vitq {
 
+__device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
 // A head's levels, as a warp looks them up: up to 16 in four registers, more in shared memory.
 struct Levels {
   uint32_t words[4];           // 16 bytes, zeros behind the last level
@@ -73,5 +75,17 @@ __device__ __forceinline__ uint32_t levels_of(const Levels& levels, const uint32
   const uint32_t upper = permute_bytes(0x0000ff00u, 0, nibbles >> 3 & 0x1111);  // 0xff where a code is 8 or more
   return low ^ ((low ^ high) & upper);
 }
+
+// Values of four keys and 8 channels.
+struct KeyQuad {
+  uint2 keys[4];
+
+  // Of one channel, the first key in the lowest byte.
+  __device__ __forceinline__ uint32_t of_channel(int channel) const {
+    const uint32_t pair = channel % 4 | (channel % 4 + 4) << 4;
+    const auto word = [&](int i) { return channel < 4 ? keys[i].x : keys[i].y; };
+    return permute_bytes(permute_bytes(word(0), word(1), pair), permute_bytes(word(2), word(3), pair), 0x5410);
+  }
+};
 
 }  // namespace vitq

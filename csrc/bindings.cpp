@@ -63,6 +63,8 @@ PYBIND11_MODULE(_cuda, module) {
         return vitq::AttentionBias{reinterpret_cast<const int32_t*>(data), batch, head, query, key};
       }));
   define(module, "attention", &vitq::attention);
+  define(module, "attention_sm90", &vitq::attention_sm90);
+  module.def("attention_sm90_takes", &vitq::attention_sm90_takes);
   using Address = std::optional<uintptr_t>;
   py::class_<vitq::LinearWeight>(module, "LinearWeight", py::module_local())
       .def(py::init([](Address chunks, Address groups, Address order, int group_count, int steps, int widest) {
@@ -111,13 +113,13 @@ PYBIND11_MODULE(_cuda, module) {
   module.def(
       "plant",
       [](int skipped_barrier, unsigned extra_pending, bool unbounded_copies, bool swapped_fragment, bool no_fence,
-         bool no_swizzle, bool wrong_parity) {
-        vitq::emulation::faults() = {skipped_barrier, extra_pending, unbounded_copies, swapped_fragment,
-                                     no_fence,        no_swizzle,    wrong_parity};
+         bool no_proxy_fence, bool no_swizzle, bool wrong_parity) {
+        vitq::emulation::faults() = {skipped_barrier, extra_pending,  unbounded_copies, swapped_fragment,
+                                     no_fence,        no_proxy_fence, no_swizzle,       wrong_parity};
       },
       py::arg("skipped_barrier") = 0, py::arg("extra_pending") = 0, py::arg("unbounded_copies") = false,
-      py::arg("swapped_fragment") = false, py::arg("no_fence") = false, py::arg("no_swizzle") = false,
-      py::arg("wrong_parity") = false);
+      py::arg("swapped_fragment") = false, py::arg("no_fence") = false, py::arg("no_proxy_fence") = false,
+      py::arg("no_swizzle") = false, py::arg("wrong_parity") = false);
   module.def("take_barrier_lines", [] {
     std::array<int, 256> lines;
     const size_t count = vitq::emulation::take_barrier_lines(lines.data(), lines.size());

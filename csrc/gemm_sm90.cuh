@@ -158,7 +158,7 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
     VITQ_WAIT(ring.full(), ring.parity);
     if constexpr (kBits > 0) {
       const unsigned char* chunks = ring.chunks(warp / 4);
-      const MatrixDescriptor tokens = matrix_descriptor(ring.tokens());
+      const MatrixDescriptor<128> tokens = matrix_descriptor(ring.tokens());
       uint32_t a[kStepsOfStage][2][4];
 #pragma unroll
       for (int step = 0; step < kStepsOfStage; ++step) {
@@ -167,8 +167,8 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
         if (step == 0) hold(acc);
         hold(a[step][0]), hold(a[step][1]);
         wgmma_fence();
-        wgmma_s8<T::kTokens>(acc, a[step][0], columns_further(tokens, step * kStepColumns));
-        wgmma_s8<T::kTokens>(acc, a[step][1], columns_further(tokens, step * kStepColumns + 32));
+        wgmma_s8(acc, a[step][0], columns_further(tokens, step * kStepColumns));
+        wgmma_s8(acc, a[step][1], columns_further(tokens, step * kStepColumns + 32));
         wgmma_commit();
       }
       wgmma_wait<0>();

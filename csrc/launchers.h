@@ -52,6 +52,13 @@ void attention(AttentionOperand q, AttentionOperand k, AttentionOperand v, const
                const float* inv_tau, int8_t* out, int batch, int heads, int sequence, int dim, int padded_dim, int bits,
                cudaStream_t stream);
 
+// The same on wgmma (attention_sm90.cu, for sm_90a alone), without bias and inv_tau, for the dims and lengths that it takes;
+// multiplier and zero_point lie at multiples of 16 bytes.
+bool attention_sm90_takes(int sequence, int dim);
+void attention_sm90(AttentionOperand q, AttentionOperand k, AttentionOperand v, const float* kappa,
+                    const uint8_t* levels, int level_count, const float* multiplier, const int32_t* zero_point,
+                    int8_t* out, int batch, int heads, int sequence, int dim, int bits, cudaStream_t stream);
+
 // What follows the sum of a linear layer.
 enum class Epilogue : int {
   kCodes = 0,    // codes of a static scale

@@ -10,6 +10,8 @@
 
 #include <cuda.h>
 
+#include "ptx_wgmma.cuh"
+
 namespace vitq {
 
 // A matrix of bytes in global memory, as the copies of boxes see it; made by token_map (tensor_map.cuh).
@@ -139,6 +141,17 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
       : "memory");
 }
 
+// The map's box of one head of one image (head_map of tensor_map.cuh): from `column` of `position` on. Lines are as long
+// as the box is wide, 32, 64 or 128 bytes, and swizzled by their address: bit 4 (and 5, and 6) with bit 7 (and 8, 9).
+__device__ __forceinline__ void copy_head_box(void* shared, const TensorMap& map, int column, int position, int head,
+                                              int image, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(position), "r"(head), "r"(image), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // 9.7.19.5 setmaxnreg: every warp of a warpgroup gives registers back, or takes them, until each thread has so many.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
@@ -149,18 +162,10 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// 9.7.15.5.1.2.2 The descriptor of a matrix of bytes in lines of 128, swizzled as copy_box does, rows of 8 lines 1024
-// bytes apart: its lower word; the upper one is the same for all. The next 32 columns are 32 bytes further.
-using MatrixDescriptor = uint32_t;
-__device__ __forceinline__ MatrixDescriptor matrix_descriptor(const void* shared) {
-  return 1u << 16 | (shared_address(shared) & 0x3ffff) >> 4;
-}
-__device__ __forceinline__ MatrixDescriptor columns_further(MatrixDescriptor descriptor, int columns) {
-  return descriptor + static_cast<uint32_t>(columns >> 4);
-}
-__device__ __forceinline__ uint64_t whole_descriptor(MatrixDescriptor lower) {
-  return uint64_t{1u << 30 | 1024 >> 4} << 32 | lower;
-}
+// A word that wgmma will read: it reads through the async proxy, which sees a thread's ordinary writes only behind this
+// fence of the thread (9.7.13.4 fence.proxy.async); an mbarrier then tells the readers.
+__device__ __forceinline__ void store_for_wgmma(void* shared, uint32_t word) { *static_cast<uint32_t*>(shared) = word; }
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // 9.7.15.6 wgmma.fence, commit_group, wait_group. The fence comes between writing registers and their wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -177,61 +182,6 @@ __device__ __forceinline__ void hold(Word (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
-
-// 9.7.15.5 wgmma: d += a * b of a warpgroup. a is 64 x 32 of 8 bits, warp w's 16 rows as mma_s8 has them; b kTokens x
-// 32 in shared memory; d 64 x kTokens: of a warp's rows lane / 4 and + 8, columns 8 i + 2 (lane % 4) and + 1, at
-// d[4 i + 2 h + c].
-template <int kTokens>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[kTokens / 2], const uint32_t (&a)[4], MatrixDescriptor b);
-
-#define VITQ_D8(i)                                                                                            \
-  "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
-      "+r"(d[i + 7])
-
-// clang-format off
-template <>
-__device__ __forceinline__ void wgmma_s8<64>(int32_t (&d)[32], const uint32_t (&a)[4], MatrixDescriptor b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, 1;"
-      : VITQ_D8(0), VITQ_D8(8), VITQ_D8(16), VITQ_D8(24)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(whole_descriptor(b)));
-}
-
-template <>
-__device__ __forceinline__ void wgmma_s8<128>(int32_t (&d)[64], const uint32_t (&a)[4], MatrixDescriptor b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, {%64, %65, %66, %67}, %68, 1;"
-      : VITQ_D8(0), VITQ_D8(8), VITQ_D8(16), VITQ_D8(24), VITQ_D8(32), VITQ_D8(40), VITQ_D8(48), VITQ_D8(56)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(whole_descriptor(b)));
-}
-
-template <>
-__device__ __forceinline__ void wgmma_s8<256>(int32_t (&d)[128], const uint32_t (&a)[4], MatrixDescriptor b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, {%128, %129, %130, %131}, %132, 1;"
-      : VITQ_D8(0), VITQ_D8(8), VITQ_D8(16), VITQ_D8(24), VITQ_D8(32), VITQ_D8(40), VITQ_D8(48), VITQ_D8(56),
-        VITQ_D8(64), VITQ_D8(72), VITQ_D8(80), VITQ_D8(88), VITQ_D8(96), VITQ_D8(104), VITQ_D8(112), VITQ_D8(120)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(whole_descriptor(b)));
-}
-// clang-format on
-#undef VITQ_D8
 
 }  // namespace vitq
 

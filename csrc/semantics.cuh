@@ -13,6 +13,7 @@ namespace vitq {
 // 1.5 * 2^23: a float32 near it has a unit in the last place of 1, so a sum with it is rounded to an integer, half to
 // even, and the low bits of the word are that integer in two's complement.
 constexpr float kRoundToInteger = 12582912.0f;
+constexpr int32_t kRoundToIntegerBits = 0x4b400000;
 
 // Bounds of b-bit codes, as float32 near kRoundToInteger.
 struct CodeRange {

@@ -92,12 +92,12 @@ def test_nothing_spills(binary: Path, arch: str) -> None:
     assert {name: (stack, local) for name, (_, stack, _, local) in found.items() if stack or local} == {}
 
 
-def compile_for_hopper(kind: str, *options: str) -> str:
-    """What nvcc says while it compiles a kind of epilogue of the wgmma kernel."""
+def compile_for_hopper(name: str, *options: str) -> str:
+    """What nvcc says while it compiles a source of wgmma kernels."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("cuda not built")
-    source = Path(__file__).parents[1] / "csrc" / f"gemm_sm90_{kind}.cu"
+    source = Path(__file__).parents[1] / "csrc" / f"{name}.cu"
     command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90a", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -105,10 +105,10 @@ def compile_for_hopper(kind: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["codes", "real"])
-def test_products_of_wgmma_are_not_serialised(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("name", ["gemm_sm90_codes", "gemm_sm90_real", "attention_sm90"])
+def test_products_of_wgmma_are_not_serialised(tmp_path: Path, name: str) -> None:
     """ptxas says so (C7508 to C7519) where it cannot let products run while registers are written."""
-    said = compile_for_hopper(kind, "-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"))
+    said = compile_for_hopper(name, "-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"))
     assert "registers" in said
     assert re.findall(r"C75\d\d[^\n]*", said) == []
 
@@ -134,10 +134,11 @@ def test_a_register_written_after_the_fence_is_seen() -> None:
 
 
 @pytest.mark.slow
-def test_registers_of_wgmma_are_written_before_the_fence(tmp_path: Path) -> None:
-    compile_for_hopper("codes", "-ptx", "-o", str(tmp_path / "ptx"))
+@pytest.mark.parametrize(("name", "fences"), [("gemm_sm90_codes", 3 * 7 * 2), ("attention_sm90", 5 * 4 * 2)])
+def test_registers_of_wgmma_are_written_before_the_fence(tmp_path: Path, name: str, fences: int) -> None:
+    compile_for_hopper(name, "-ptx", "-o", str(tmp_path / "ptx"))
     ptx = (tmp_path / "ptx").read_text()
-    assert ptx.count("wgmma.fence") >= 3 * 7 * 2
+    assert ptx.count("wgmma.fence") >= fences
     assert written_after_the_fence(ptx) == []
 
 
@@ -167,6 +168,11 @@ def test_kernels_are_what_they_are_meant_to_be(compiled: Callable[[str], list[Ke
             tokens = kernel.name.split("x")[1].strip(">")
             assert products == ({f"IGMMA.64x{tokens}x32.S8.S8"} if arch == "sm_90a" else set()), kernel.name
             assert len(cuda_wgmma_model.slices(kernel)) == (7 if arch == "sm_90a" else 0), kernel.name
+        elif kernel.name.startswith("attention_wgmma_kernel"):
+            dim, keys = re.findall(r"\d+", kernel.name)
+            both = {f"IGMMA.64x{keys}x32.S8.S8", f"IGMMA.64x{dim}x32.U8.S8"}
+            assert products == (both if arch == "sm_90a" else set()), kernel.name
+            assert count(kernel.instructions)["STG.128"] >= (dim == "64") * (arch == "sm_90a"), kernel.name
         elif kernel.name.startswith("attention_kernel"):
             assert products == {"IMMA.16832.S8.S8", "IMMA.16832.U8.S8"}, kernel.name
         elif "s4" in kernel.name:

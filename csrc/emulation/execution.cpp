@@ -69,6 +69,7 @@ struct Thread {
   const Mbarrier* mbarrier = nullptr;
   bool fenced = false;                       // no register written since wgmma.fence, as far as we know
   std::vector<std::vector<Copy>> groups{1};  // of cp.async; the last one is not committed
+  std::vector<Copy> unfenced;                // words that the async proxy does not see yet
 };
 
 class Stacks {
@@ -486,6 +487,20 @@ void mbarrier_wait(int line, void* address, unsigned parity) {
 void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy) {
   mbarrier_at(barrier);
   cluster->arrivals.push_back({barrier, bytes, std::move(copy)});
+}
+
+void store_for_async_proxy(void* shared, uint32_t word) {
+  check_shared(shared, sizeof word, "st.shared");
+  Copy copy{shared, std::vector<unsigned char>(sizeof word)};
+  std::memcpy(copy.bytes.data(), &word, sizeof word);
+  std::memset(shared, kGarbage, sizeof word);
+  current->running().unfenced.push_back(std::move(copy));
+}
+
+void fence_async_proxy() {
+  if (planted.no_proxy_fence) return;
+  for (const Copy& copy : current->running().unfenced) std::memcpy(copy.target, copy.bytes.data(), copy.bytes.size());
+  current->running().unfenced.clear();
 }
 
 void issue_wgmma(std::function<void()> execute) {

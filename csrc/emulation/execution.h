@@ -78,6 +78,10 @@ void mbarrier_wait(int line, void* barrier, unsigned parity);
 // garbage until then.
 void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy);
 
+// A word for a reader of the async proxy, to whom it is garbage until the thread's next fence.
+void store_for_async_proxy(void* shared, uint32_t word);
+void fence_async_proxy();
+
 // wgmma of the running thread's warpgroup: `execute` computes it, now or at a wait that covers its group. Called once
 // for all 128 threads, by the collective that gathered their operands.
 void issue_wgmma(std::function<void()> execute);
@@ -98,6 +102,7 @@ struct Faults {
   bool unbounded_copies = false;  // cp.async copies beyond the bound that it was given
   bool swapped_fragment = false;  // mma gets its second and third A register exchanged
   bool no_fence = false;          // wgmma.fence is not there
+  bool no_proxy_fence = false;    // fence.proxy.async is not there
   bool no_swizzle = false;        // bulk tensor copies lay rows out one after another
   bool wrong_parity = false;      // waits for an mbarrier ask for the other phase
 };

@@ -19,8 +19,9 @@ namespace vitq {
 
 struct TensorMap {
   const unsigned char* data;
-  int64_t stride;
-  int columns, rows, box_columns, box_rows;
+  std::array<int, 4> sizes;        // of the innermost dimension first
+  std::array<int64_t, 3> strides;  // of all but the innermost
+  int box_columns, box_rows;
 };
 
 inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) { emulation::mbarrier_init(barrier, arrivals); }
@@ -47,8 +48,38 @@ namespace emulation {
 
 constexpr unsigned char kUnderWay = 0xCE;
 
-// Byte `at` of shared memory, from the block's first on, in the 128-byte swizzle.
-inline size_t swizzled(size_t at) { return at ^ (at >> 7 & 7) << 4; }
+// Byte `at` of shared memory, from the block's first on, in the swizzle of lines of so many bytes.
+inline size_t swizzled(size_t at, int line) {
+  const size_t chunks = static_cast<size_t>(line) / 16;
+  return at ^ (at >> 7 & (chunks - 1)) << 4;
+}
+
+// A box of a map into the blocks of a mask, at the same place in each, completed at the same barrier of each. `source` is
+// its first matrix; zeros beyond it, and everywhere if it is null.
+inline void copy_box_into(void* shared, const TensorMap& map, const unsigned char* source, int column, int row,
+                          uint64_t* barrier, unsigned blocks) {
+  const auto first = static_cast<size_t>(static_cast<unsigned char*>(shared) - shared_memory_of_block());
+  const size_t bytes = static_cast<size_t>(map.box_columns) * static_cast<size_t>(map.box_rows);
+  if (first % (8 * static_cast<size_t>(map.box_columns)) != 0) {
+    throw std::runtime_error("emulation: a swizzled box lies at a multiple of 8 of its lines");
+  }
+  for (unsigned rank = 0; blocks >> rank != 0; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    auto* target = static_cast<unsigned char*>(place_in_block(shared, rank));
+    unsigned char* base = target - first;
+    std::memset(target, kUnderWay, bytes);
+    copy_behind_barrier(place_in_block(barrier, rank), static_cast<unsigned>(bytes), [=] {
+      for (int r = 0; r < map.box_rows; ++r) {
+        for (int c = 0; c < map.box_columns; ++c) {
+          const bool inside = source != nullptr && row + r < map.sizes[1] && column + c < map.sizes[0];
+          const size_t at = first + static_cast<size_t>(r * map.box_columns + c);
+          const size_t place = faults().no_swizzle ? at : swizzled(at, map.box_columns);
+          base[place] = inside ? source[(row + r) * map.strides[0] + column + c] : 0;
+        }
+      }
+    });
+  }
+}
 
 }  // namespace emulation
 
@@ -61,44 +92,40 @@ inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t
   emulation::copy_behind_barrier(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
 
-// The box into the blocks of a mask, at the same place in each, completed at the same barrier of each.
 inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier, unsigned blocks) {
-  const auto first = static_cast<size_t>(static_cast<unsigned char*>(shared) - emulation::shared_memory_of_block());
-  const size_t bytes = static_cast<size_t>(map.box_columns) * static_cast<size_t>(map.box_rows);
-  if (first % 1024 != 0) throw std::runtime_error("emulation: a swizzled box lies at a multiple of 1024 bytes");
-  for (unsigned rank = 0; blocks >> rank != 0; ++rank) {
-    if (!(blocks >> rank & 1)) continue;
-    auto* target = static_cast<unsigned char*>(emulation::place_in_block(shared, rank));
-    unsigned char* base = target - first;
-    std::memset(target, emulation::kUnderWay, bytes);
-    emulation::copy_behind_barrier(emulation::place_in_block(barrier, rank), static_cast<unsigned>(bytes), [=] {
-      for (int r = 0; r < map.box_rows; ++r) {
-        for (int c = 0; c < map.box_columns; ++c) {
-          const bool inside = row + r < map.rows && column + c < map.columns;
-          const size_t at = first + static_cast<size_t>(r * map.box_columns + c);
-          const size_t place = emulation::faults().no_swizzle ? at : emulation::swizzled(at);
-          base[place] = inside ? map.data[(row + r) * map.stride + column + c] : 0;
-        }
-      }
-    });
-  }
+  emulation::copy_box_into(shared, map, map.data, column, row, barrier, blocks);
 }
 inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
   copy_box(shared, map, column, row, barrier, 1u << emulation::cluster_rank());
 }
+inline void copy_head_box(void* shared, const TensorMap& map, int column, int position, int head, int image,
+                          uint64_t* barrier) {
+  const bool inside = head < map.sizes[2] && image < map.sizes[3];
+  const unsigned char* source = inside ? map.data + head * map.strides[1] + image * map.strides[2] : nullptr;
+  emulation::copy_box_into(shared, map, source, column, position, barrier, 1u << emulation::cluster_rank());
+}
+
+inline void store_for_wgmma(void* shared, uint32_t word) { emulation::store_for_async_proxy(shared, word); }
+inline void fence_async_proxy() { emulation::fence_async_proxy(); }
 
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
 void take_registers() {}
 
-// The first byte, from the block's first on: layout and strides are always the same.
-using MatrixDescriptor = uint32_t;
-inline MatrixDescriptor matrix_descriptor(const void* shared) {
-  return static_cast<MatrixDescriptor>(static_cast<const unsigned char*>(shared) - emulation::shared_memory_of_block());
+// The first byte, from the block's first on.
+template <int kLine>
+struct MatrixDescriptor {
+  size_t first;
+};
+template <int kLine = 128>
+MatrixDescriptor<kLine> matrix_descriptor(const void* shared) {
+  const auto first = static_cast<const unsigned char*>(shared) - emulation::shared_memory_of_block();
+  return {static_cast<size_t>(first)};
 }
-inline MatrixDescriptor columns_further(MatrixDescriptor descriptor, int columns) {
-  return descriptor + static_cast<MatrixDescriptor>(columns);
+template <int kLine>
+MatrixDescriptor<kLine> columns_further(MatrixDescriptor<kLine> descriptor, int columns) {
+  return {descriptor.first + static_cast<size_t>(columns)};
 }
 
 inline void wgmma_fence() { emulation::wgmma_fence(); }
@@ -116,47 +143,55 @@ namespace emulation {
 struct WgmmaOperands {
   int32_t* d;
   const uint32_t* a;
-  MatrixDescriptor b;
+  size_t b;  // the descriptor's first byte
 };
 
-template <int kTokens>
+template <int kColumns, int kLine, bool kSignedA>
 void execute_wgmma(const std::array<WgmmaOperands, 128>& all, const unsigned char* shared) {
-  const auto bytes = [](uint32_t word, int at) { return static_cast<int8_t>(word >> (8 * at)); };
-  std::array<int8_t, 32> b;
-  for (int token = 0; token < kTokens; ++token) {
+  std::array<int, 32> b;
+  for (int column = 0; column < kColumns; ++column) {
     for (int k = 0; k < 32; ++k) {
-      const size_t at = all[0].b + static_cast<size_t>(token / 8 * 1024 + token % 8 * 128 + k);
-      b[k] = static_cast<int8_t>(shared[swizzled(at)]);
+      const size_t at = all[0].b + static_cast<size_t>(column * kLine + k);
+      b[k] = static_cast<int8_t>(shared[swizzled(at, kLine)]);
     }
     for (int row = 0; row < 64; ++row) {
       const int warp = row / 16, within = row % 16;
       int32_t sum = 0;
       for (int k = 0; k < 32; ++k) {
         const WgmmaOperands& lane = all[32 * warp + 4 * (within % 8) + k / 4 % 4];
-        sum += bytes(lane.a[within / 8 + 2 * (k / 16)], k % 4) * b[k];
+        sum += element<8, kSignedA>(lane.a[within / 8 + 2 * (k / 16)], k % 4) * b[k];
       }
-      const WgmmaOperands& lane = all[32 * warp + 4 * (within % 8) + token % 8 / 2];
-      int32_t& d = lane.d[4 * (token / 8) + 2 * (within / 8) + token % 2];
+      const WgmmaOperands& lane = all[32 * warp + 4 * (within % 8) + column % 8 / 2];
+      int32_t& d = lane.d[4 * (column / 8) + 2 * (within / 8) + column % 2];
       d = static_cast<int32_t>(static_cast<uint32_t>(d) + static_cast<uint32_t>(sum));
     }
   }
 }
 
-}  // namespace emulation
-
-template <int kTokens>
-void wgmma_s8(int32_t (&d)[kTokens / 2], const uint32_t (&a)[4], MatrixDescriptor b) {
-  emulation::check_wgmma_fence();
-  emulation::WgmmaOperands operands{d, a, b};
-  emulation::collective(
+template <bool kSignedA, int kCount, int kLine>
+void wgmma(int32_t (&d)[kCount], const uint32_t (&a)[4], MatrixDescriptor<kLine> b) {
+  check_wgmma_fence();
+  WgmmaOperands operands{d, a, b.first};
+  collective(
       "wgmma", &operands,
       [](void* const given[]) {
-        std::array<emulation::WgmmaOperands, 128> all;
-        for (int i = 0; i < 128; ++i) all[i] = *static_cast<emulation::WgmmaOperands*>(given[i]);
-        const unsigned char* shared = emulation::shared_memory_of_block();
-        emulation::issue_wgmma([=] { emulation::execute_wgmma<kTokens>(all, shared); });
+        std::array<WgmmaOperands, 128> all;
+        for (int i = 0; i < 128; ++i) all[i] = *static_cast<WgmmaOperands*>(given[i]);
+        const unsigned char* shared = shared_memory_of_block();
+        issue_wgmma([=] { execute_wgmma<2 * kCount, kLine, kSignedA>(all, shared); });
       },
       128);
+}
+
+}  // namespace emulation
+
+template <int kCount, int kLine>
+void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], MatrixDescriptor<kLine> b) {
+  emulation::wgmma<true>(d, a, b);
+}
+template <int kCount, int kLine>
+void wgmma_u8_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], MatrixDescriptor<kLine> b) {
+  emulation::wgmma<false>(d, a, b);
 }
 
 }  // namespace vitq

@@ -1,4 +1,4 @@
-"""Log2-quantized softmax attention: csrc/attention_sm80.cu."""
+"""Log2-quantized softmax attention: csrc/attention_sm80.cu, and attention_sm90.cu where it suits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq_kernels.ops import reference
+from vitq_kernels.ops.cuda.attention_sm90 import ALIGNMENT, attention_sm90, suits
 from vitq_kernels.ops.cuda.extension import module
-from vitq_kernels.ops.cuda.launch import launch, pointer, refuse
+from vitq_kernels.ops.cuda.launch import gpu_of, launch, pointer, refuse
 
 LARGEST_D = 128
 LONGEST = 4096  # keys: o <= 4096 * 255 * 128 fits int32
-ALIGNMENT = 16  # bytes of a vector access
 
 
 def attention(
@@ -43,6 +43,8 @@ def attention(
         refuse("attention", q, f"takes up to {LONGEST} tokens, got {s}")
     q, k, v = map(_aligned, (q, k, v))
     kappa, levels, multiplier, zero_point = (t.contiguous() for t in (kappa, levels, multiplier, zero_point))
+    if bias_q is None and inv_tau is None and suits(gpu_of(q), s, d):
+        return attention_sm90(q, k, v, kappa, levels, multiplier, zero_point, bits)
     inv_tau = None if inv_tau is None else inv_tau.contiguous()
     out = q.new_empty(b, s, h * d)
     # A size that bias_q broadcasts over has stride 0.
