@@ -67,7 +67,8 @@ def test_ranges_and_means_are_those_of_a_direct_look(variant: str) -> None:
         assert_bitwise_equal(ranges.high[-1], outputs[name].amax(0))
         av = name.replace("qkv", "av")
         whole = outputs[name].unflatten(0, (6, -1))
-        torch.testing.assert_close(stats.tau_error[av], tau_errors(whole, 2, 16**-0.5), rtol=1e-5, atol=0)
+        heads = whole.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        torch.testing.assert_close(stats.tau_error[av], tau_errors(*heads, 16**-0.5), rtol=1e-5, atol=0)
 
 
 def test_patch_embedding_ranges_are_of_the_images_channels() -> None:

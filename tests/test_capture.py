@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from recorded_graphs import RecordedCuda
+from small_swins import quantized_swin, swin_images
 from small_vits import small_vit, variant_images, variant_quantized, variant_vit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -84,9 +85,12 @@ def test_padding_repeats_the_first_row_and_never_an_earlier_call() -> None:
     assert_bitwise_equal(spy.seen[-1], x[[4, 5, 4, 4]])
 
 
-@pytest.mark.parametrize("variant", ["class-token", "distilled", "one-channel", "no-class-token"])
-def test_a_quantized_vit_gives_the_same_bits_in_any_bucket(variant: str) -> None:
-    model, images = variant_quantized(variant), variant_images(variant, 7)
+@pytest.mark.parametrize("variant", ["class-token", "distilled", "one-channel", "no-class-token", "swin"])
+def test_a_quantized_model_gives_the_same_bits_in_any_bucket(variant: str) -> None:
+    if variant == "swin":
+        model, images = quantized_swin("padded"), swin_images("padded", 7)
+    else:
+        model, images = variant_quantized(variant), variant_images(variant, 7)
     fast = vitq.capture(model, (1, 4))
     for count in (1, 2, 4, 7):
         assert_bitwise_equal(fast(images[:count]), model(images[:count]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_swins import SWINS, quantized_swin, swin_images
 from small_vits import mixed_allocation, small_vit, variant_images, variant_quantized
 from torch import Tensor, nn
 
@@ -45,10 +46,23 @@ def model_and_images(case: str) -> tuple[nn.Module, Tensor]:
         return vitq.replace_linears(load_digits_vit(), weight_bits=4), digits_images("test")[0][:7]
     if case == "digits":
         return vitq.quantize(load_digits_vit(), digits_images("calibration")[0][:16]), digits_images("test")[0][:7]
+    if case in SWINS:
+        return quantized_swin(case), swin_images(case, 7)
     return variant_quantized(case), variant_images(case, 7)
 
 
-CASES = ["class-token", "distilled", "dynamic-pad", "mixed widths", "W4A4", "half", "replace_linears", "digits"]
+CASES = [
+    "class-token",
+    "shifted",
+    "padded",
+    "distilled",
+    "dynamic-pad",
+    "mixed widths",
+    "W4A4",
+    "half",
+    "replace_linears",
+    "digits",
+]
 
 
 class Counted:
@@ -62,7 +76,7 @@ class Counted:
         return graph.forward
 
 
-@pytest.mark.parametrize("case", ["class-token", "mixed widths", "W4A4", "half", "replace_linears"])
+@pytest.mark.parametrize("case", ["class-token", "padded", "mixed widths", "W4A4", "half", "replace_linears"])
 def test_a_model_compiles_into_one_graph_for_all_batches(case: str) -> None:
     model, images = model_and_images(case)
     backend = Counted()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vitq_kernels as vitq
 from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, assert_codes_close
+from tests.small_swins import quantized_swin, swin_images
 from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.images import eval_transform, load_folder
 from vitq_kernels.nn import PackedLinear, QuantAttention, QuantLayerNorm, QuantLinear, QuantPatchEmbed
@@ -78,6 +79,13 @@ def test_a_block_of_the_real_vit_tiny(assets: Path, kernels: BackendCase) -> Non
     assert any(site.weight and len(set(site.weight.bits)) > 1 for site in bits.sites.values())
     found = compared_modules(qmodel, calibration[:1], kernels)
     assert found == {"QuantPatchEmbed": 1, "QuantLinear": 1 + 3 + 1, "QuantAttention": 1}
+
+
+@pytest.mark.parametrize("variant", ["shifted", "odd-sides"])
+def test_a_small_swin(variant: str, kernels: BackendCase) -> None:
+    """Every integer output, windows with shift, padding, bias and mask included."""
+    found = compared_modules(copy.deepcopy(quantized_swin(variant)), swin_images(variant, 2), kernels)
+    assert found == {"QuantPatchEmbed": 1, "QuantLinear": 1 + 4 * 3 + 1 + 1, "QuantWindowAttention": 4}
 
 
 def test_a_model_waits_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,8 +278,8 @@ REFUSED = {
     ),
     "eva": (lambda: timm.create_model("eva02_tiny_patch14_224"), r"got Eva; replace_linears\(\)"),
     "swin": (
-        lambda: timm.create_model("swin_tiny_patch4_window7_224"),
-        r"got SwinTransformer; replace_linears\(\)",
+        lambda: timm.create_model("swinv2_tiny_window8_256"),
+        r"got SwinTransformerV2; replace_linears\(\)",
     ),
     "subclass": (lambda: OtherVit(img_size=16, embed_dim=16, depth=1, num_heads=1), "got OtherVit"),
     "all-blocks": (lambda: make_vit(qk_norm=True), "no block of the model has an integer form: .*q_norm"),

@@ -232,7 +232,7 @@ def test_tau_errors_are_those_of_the_attention_output() -> None:
     heads, dim, scale = 2, 4, 0.5
     qkv = reals("normal", (2, 7, 3 * heads * dim), seed=6) * 2
     qkv[..., :dim] *= 4  # the first head is sharp
-    found = tau_errors(qkv, heads, scale)
+    found = tau_errors(*qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4), scale)
     assert found.shape == (len(WIDTHS), 5, heads)
     for i, bits in enumerate(WIDTHS):
         steps = log2_steps(bits)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from vitq_kernels.compensation import BlockOutputs, Stream
-from vitq_kernels.models import BlockParts
-from vitq_kernels.nn import QuantAttention, QuantLinear
+from vitq_kernels.models import AttentionParts, BlockParts
+from vitq_kernels.nn import QuantAttention, QuantLinear, QuantWindowAttention
 from vitq_kernels.quantizers import (
     AffineQuantizer,
     affine_quantizer,
@@ -17,7 +18,12 @@ from vitq_kernels.quantizers import (
     query_key_scales,
 )
 from vitq_kernels.site_converter import SiteConverter
-from vitq_kernels.spec import MIN_BITS
+from vitq_kernels.spec import MIN_BITS, QuantFormat
+from vitq_kernels.windows import BIAS_LIMIT
+
+# Logits that a bias must be able to say. They are 144 octaves and the levels of a probability have 8, so what is masked
+# has none.
+BIAS_REACH = 100.0
 
 
 def convert_attention(
@@ -50,10 +56,13 @@ def convert_attention(
     middle = ((low + high) / 2).chunk(3)[2]
     centre = torch.cat((torch.zeros_like(middle), key_mean, middle))
     radius = torch.maximum((low - centre).abs(), (high - centre).abs())
-    q_scale, k_scale, score_scale = query_key_scales(*radius.chunk(3)[:2], heads, code_bits)
+    q_scale, k_scale, score_scale = query_key_scales(*radius.chunk(3)[:2], heads, code_bits, _least_score_scale(attn))
     v_scale = affine_quantizer(-radius.chunk(3)[2], radius.chunk(3)[2], code_bits).scale
 
-    folded = sites.fold(qkv_site, attn.qkv, quantizer, inputs, targets=[w.qkv for w in wanted])
+    fmt = QuantFormat(quantizer.bits)
+    padding = quantizer.zero_point.clamp(fmt.qmin, fmt.qmax).to(torch.int8)
+    entering = [x if attn.windows is None else attn.windows_of(x).pad(x, padding) for x in inputs]
+    folded = sites.fold(qkv_site, attn.qkv, quantizer, entering, targets=[w.qkv for w in wanted])
     out_scale = torch.cat((q_scale, k_scale, v_scale))
     qkv = QuantLinear(
         folded.weight,
@@ -70,15 +79,18 @@ def convert_attention(
     kappa = score_scale.double() * octaves / torch.tensor(tau, dtype=torch.float64, device=score_scale.device)
     out = sites.quantizer(proj_site, "proj", shift=middle)
     shape = (heads, dim)
-    result = QuantAttention(
-        qkv,
-        qkv,  # replaced below, once the codes that enter proj exist
+    tables = (
         kappa.float(),
         torch.stack([log2_levels(av_bits, t) for t in tau]).to(kappa.device),
         (v_scale.double() / out.scale.double()).float().view(shape),
         out.zero_point.view(shape),
-        out.bits,
     )
+    # proj is qkv until the codes that enter it exist
+    if attn.windows is None:
+        result = QuantAttention(qkv, qkv, *tables, out.bits)
+    else:
+        bias_q = _score_units(attn, score_scale)
+        result = QuantWindowAttention(qkv, qkv, *tables, out.bits, bias_q, padding, attn.windows)
     codes = [result.attend(x) for x in inputs]
     # What the residual stream lacks, the errors of the blocks before included.
     targets = [w.middle - x for w, x in zip(wanted, stream, strict=bool(wanted))]
@@ -87,3 +99,17 @@ def convert_attention(
     result.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual", input_bits=proj.input_bits)
     stream[:] = map(result.proj, codes, stream)
     return result
+
+
+def _least_score_scale(attn: AttentionParts) -> Tensor | float:
+    """The smallest scale of a head's score at which its bias, in units of the score, stays within limits: [H]."""
+    if attn.bias_table is None:
+        return 0.0
+    reach = attn.bias_table.detach().double().abs().amax(0).clamp_min(BIAS_REACH)
+    return reach / (attn.softmax_scale * BIAS_LIMIT)
+
+
+def _score_units(attn: AttentionParts, score_scale: Tensor) -> Tensor:
+    """The bias table in units of the integer score, int32 [T, H]."""
+    units = attn.bias_table.detach().double() / (score_scale.double() * attn.softmax_scale)
+    return units.round().clamp(-BIAS_LIMIT, BIAS_LIMIT).int()

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitq_kernels.files import replaced_file
-from vitq_kernels.models import model_parts
+from vitq_kernels.models import BlockParts, model_parts
 from vitq_kernels.observers import ChannelSample, InputMoments, RangeStats, tau_errors
+from vitq_kernels.windows import Windows
 
 SAMPLE_TOKENS = 4096  # tokens kept per tensor for percentiles: 126 MB a block of ViT-B
 ATTENTION_IMAGES = 8  # images kept whole for the choice of tau
@@ -88,15 +89,19 @@ class Calibrator:
         self._generator = torch.Generator().manual_seed(seed)
         self._inputs: dict[str, ChannelSample] = {}
         self._outputs: dict[str, ChannelSample] = {}
-        self._whole_qkv: dict[str, list[Tensor]] = {}
+        self._whole_qkv: dict[str, list[tuple[Windows | None, Tensor]]] = {}
+        self._windows: dict[str, Windows] = {}  # by block, of the map at hand
         self._handles: list[Any] = []
 
     def __enter__(self) -> Calibrator:
         parts = self.parts
         self._watch(parts.patch_proj, parts.patch_name)
-        qkv = {block.attn.qkv for block in parts.blocks}
+        inside = {linear: block for block in parts.blocks for linear in (block.attn.qkv, block.attn.proj)}
+        for block in parts.blocks:
+            if block.attn.windows is not None:
+                self._watch_map(block)
         for name, module in parts.linears.items():
-            self._watch(module, name, whole=module in qkv)
+            self._watch(module, name, inside.get(module))
         for name, head in parts.heads.items():
             self._watch(head, name)
         return self
@@ -108,18 +113,35 @@ class Calibrator:
             handle.remove()
         self._handles.clear()
 
-    def _watch(self, module: nn.Module, name: str, whole: bool = False) -> None:
+    def _watch_map(self, block: BlockParts) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            windows = block.attn.windows_of(args[0])
+            assert windows is not None
+            self._windows[block.name] = windows
+
+        self._handles.append(self.parts.model.get_submodule(block.name).register_forward_pre_hook(hook))
+
+    def _watch(self, module: nn.Module, name: str, attention: BlockParts | None = None) -> None:
+        """``attention``: the block whose qkv or proj the module is."""
         image = isinstance(module, nn.Conv2d)
+        whole = attention is not None and module is attention.attn.qkv
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             x, y = args[0].detach().float(), out.detach().float()
+            windows = None if attention is None else self._windows.get(attention.name)
+            if windows is not None:  # [B * W, S, C]
+                x, y = (windows.scatter(t.unflatten(0, (-1, windows.count))) for t in (x, y))
+                if not whole:  # the integer model never makes what comes out for padding
+                    x, y = windows.crop(x), windows.crop(y)
             keep = self._keep * x.shape[0]
             if image:
                 self.seen += x.shape[0]
                 x, y = x.movedim(1, -1), y.movedim(1, -1)
             if whole:
                 kept = self._whole_qkv.setdefault(name, [])
-                kept.append(y[: max(0, ATTENTION_IMAGES - sum(t.shape[0] for t in kept))])
+                room = ATTENTION_IMAGES - sum(len(t) for _, t in kept)
+                if room > 0:
+                    kept.append((windows, y[:room]))
             self._sample(self._inputs, name, x).add(x.flatten(0, -2), keep, self._generator)
             self._sample(self._outputs, name, y).add(y.flatten(0, -2), keep if whole else 0, self._generator)
 
@@ -139,19 +161,24 @@ class Calibrator:
         """
         if not self.seen:
             raise ValueError("calibration: at least one image must be seen, got 0")
-        tau = {
-            f"{block.name}.attn.av": tau_errors(
-                torch.cat(self._whole_qkv[f"{block.name}.attn.qkv"]), block.attn.num_heads, block.attn.softmax_scale
-            )
-            for block in self.parts.blocks
-        }
         return CalibrationStats(
             inputs={name: sample.ranges() for name, sample in self._inputs.items()},
             output_mean={name: sample.mean for name, sample in self._outputs.items()},
             qkv={name: self._outputs[name].ranges() for name in self._whole_qkv},
-            tau_error=tau,
+            tau_error={f"{block.name}.attn.av": self._tau_error(block) for block in self.parts.blocks},
             images=self.seen,
         )
+
+    def _tau_error(self, block: BlockParts) -> Tensor:
+        """Of maps of several sizes, the mean over the images."""
+        kept, attn = self._whole_qkv[f"{block.name}.attn.qkv"], block.attn
+        images = sum(len(tensor) for _, tensor in kept)
+        errors = []
+        for windows in dict.fromkeys(windows for windows, _ in kept):
+            qkv = torch.cat([tensor for own, tensor in kept if own == windows])
+            error = tau_errors(*attn.heads(qkv, windows), attn.softmax_scale, attn.bias_of(windows))
+            errors.append(error * (len(qkv) / images))
+        return torch.stack(errors).sum(0)
 
 
 def image_batches(

@@ -21,21 +21,23 @@ Stream = list[Tensor]  # one tensor a batch: codes or the residual stream of the
 
 @dataclass(frozen=True)
 class BlockOutputs:
-    """What the float model computes inside a block, [B, S, ...]."""
+    """What the float model computes inside a block, [B, S, ...] or maps [B, H, W, ...]."""
 
-    qkv: Tensor
+    qkv: Tensor  # [B, L, ...] of the padded map where attention is in windows
     middle: Tensor  # the residual stream after attention
     fc1: Tensor  # before GELU
     out: Tensor  # the residual stream behind the block
 
 
 def float_block(block: BlockParts, x: Tensor) -> BlockOutputs:
-    """The float block on its residual stream [B, S, C]."""
+    """The float block on its residual stream [B, S, C], or a map [B, H, W, C]."""
     attn, mlp = block.attn, block.mlp
-    qkv = attn.qkv(block.norm1(x))
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, scale=attn.softmax_scale)
-    y = attn.proj(attended.transpose(1, 2).flatten(2))
+    windows = attn.windows_of(x)
+    y = block.norm1(x)
+    qkv = attn.qkv(y if windows is None else windows.pad(y))
+    q, k, v = attn.heads(qkv, windows)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn.bias_of(windows), scale=attn.softmax_scale)
+    y = attn.proj(attn.merged(attended, windows))
     middle = x + (y if block.layer_scale1 is None else y * block.layer_scale1)
     fc1 = mlp.fc1(block.norm2(middle))
     y = mlp.fc2(F.gelu(fc1, approximate=mlp.gelu))

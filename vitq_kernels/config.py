@@ -57,5 +57,5 @@ class QuantConfig:
         after_norm, value = (0.5, 0.5) if bits > 6 else (0.75, 0.75) if bits == 6 else (1.0, 0.75)
         after_norm = after_norm if self.reparam_exponent is None else self.reparam_exponent
         value = value if self.value_exponent is None else self.value_exponent
-        exponents = {"patch_embed": 1.0, "qkv": after_norm, "fc1": after_norm, "proj": value}
+        exponents = {"patch_embed": 1.0, "qkv": after_norm, "fc1": after_norm, "reduction": after_norm, "proj": value}
         return {**exponents, "fc2": self.gelu_exponent, "head": self.head_exponent}[kind]

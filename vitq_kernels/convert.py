@@ -15,7 +15,7 @@ from vitq_kernels.calibration import CalibrationStats, calibrate, image_batches
 from vitq_kernels.compensation import Stream
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.converter import Converter
-from vitq_kernels.models import BlockParts, model_config, model_parts
+from vitq_kernels.models import BlockParts, MergingParts, model_config, model_parts
 from vitq_kernels.spec import BitAllocation, Site
 
 
@@ -114,6 +114,8 @@ def _convert(
     for step in parts.steps:
         if isinstance(step, BlockParts):
             model.set_submodule(step.name, converter.block(step, stream))
+        elif isinstance(step, MergingParts):
+            model.set_submodule(step.name, converter.merging(step, stream))
         else:
             module = model.get_submodule(step.name)
             stream = [module(x) for x in stream]

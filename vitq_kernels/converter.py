@@ -11,12 +11,20 @@ from vitq_kernels.calibration import CalibrationStats
 from vitq_kernels.compensation import Stream, float_block
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.mlp_converter import convert_mlp
-from vitq_kernels.models import BlockParts, ModelParts
-from vitq_kernels.nn import QuantBlock, QuantizeInput, QuantLinear, QuantPatchEmbed, flatten_patches
+from vitq_kernels.models import BlockParts, MergingParts, ModelParts
+from vitq_kernels.nn import (
+    QuantBlock,
+    QuantizeInput,
+    QuantLinear,
+    QuantPatchEmbed,
+    QuantPatchMerging,
+    flatten_patches,
+)
 from vitq_kernels.quantizers import AffineQuantizer
 from vitq_kernels.reconstruction import reconstruct
 from vitq_kernels.site_converter import SiteConverter
 from vitq_kernels.spec import BitAllocation
+from vitq_kernels.windows import merged_patches
 
 
 class Converter(SiteConverter):
@@ -59,4 +67,16 @@ class Converter(SiteConverter):
             weights = [self.token_weights(x) for x in entering]
             reconstruct(result, entering, self.float_stream, weights, self.config.reconstruction)
             stream[:] = map(result, entering)
+        return result
+
+    def merging(self, merging: MergingParts, stream: Stream) -> QuantPatchMerging:
+        """A patch merging, given the stream that enters it; the stream comes out behind it."""
+        wanted = [merging.reduction(merging.norm(merged_patches(x))) for x in self.float_stream]
+        name, linear = next(iter(merging.linears.items()))
+        norm, quantizer = self.layernorm(merging.norm, name, "reduction")
+        codes = [norm(merged_patches(x)) for x in stream]
+        folded = self.fold(name, linear, quantizer, codes, targets=wanted)
+        result = QuantPatchMerging(norm, self.real_linear(folded, None))
+        self.float_stream = wanted
+        stream[:] = map(result, stream)
         return result

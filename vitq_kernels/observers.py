@@ -130,27 +130,28 @@ class InputMoments:
         return self.square / self.mass - cross - cross.t() + torch.outer(mean, mean)
 
 
-def tau_errors(qkv: Tensor, heads: int, softmax_scale: float) -> Tensor:
+def tau_errors(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, bias: Tensor | None = None) -> Tensor:
     """Squared error of the attention output for every width and step of the log2 code (semantics S4).
 
     Args:
-        qkv: float32 [B, S, 3 * H * D], the qkv linear's output.
-        heads: H.
+        q, k, v: float32 [..., H, S, D].
         softmax_scale: factor of the scores.
+        bias: added to the logits, broadcasts to [..., H, S, S]; or None.
 
     Returns:
         float32 [len(WIDTHS), 5, H]; infinite where a width has fewer than 5 steps (quantizers.log2_steps).
     """
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     octaves = (q @ k.transpose(-2, -1)) * (softmax_scale * math.log2(math.e))
+    if bias is not None:
+        octaves = octaves + bias * math.log2(math.e)
     distance = octaves.amax(-1, keepdim=True) - octaves
     exact = torch.softmax(octaves * math.log(2), -1) @ v
-    result = torch.full((len(WIDTHS), 5, heads), torch.inf)
+    result = torch.full((len(WIDTHS), 5, q.shape[-3]), torch.inf)
     for i, bits in enumerate(WIDTHS):
         for j, tau in enumerate(log2_steps(bits)):
-            levels = log2_levels(bits, tau).to(qkv)
+            levels = log2_levels(bits, tau).to(v)
             codes = (distance / tau).round_().clamp_(max=levels.numel() - 1).int()
             probability = levels[codes]
             out = (probability @ v) / probability.sum(-1, keepdim=True)
-            result[i, j] = (out - exact).square().mean((0, 2, 3))
+            result[i, j] = (out - exact).square().movedim(-3, 0).flatten(1).mean(1)
     return result

@@ -56,7 +56,9 @@ def affine_quantizer(low: Tensor, high: Tensor, bits: int, exponent: float = 1.0
     return AffineQuantizer(scale, zero_point.int(), bits)
 
 
-def query_key_scales(q_radius: Tensor, k_radius: Tensor, heads: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def query_key_scales(
+    q_radius: Tensor, k_radius: Tensor, heads: int, bits: int, floor: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Symmetric scales of q and k, equalised: a channel's range moves between q and k until both use it equally.
 
     The integer score of a head has one scale, so ``q_scale[d] * k_scale[d]`` must not depend on the channel. With
@@ -67,6 +69,7 @@ def query_key_scales(q_radius: Tensor, k_radius: Tensor, heads: int, bits: int) 
         q_radius, k_radius: float [H * D], largest magnitude of each channel.
         heads: H.
         bits: of the codes.
+        floor: smallest scale of the score that will do, [H].
 
     Returns:
         q_scale [H * D], k_scale [H * D] and the scale of the score [H], float32.
@@ -74,6 +77,7 @@ def query_key_scales(q_radius: Tensor, k_radius: Tensor, heads: int, bits: int) 
     q = q_radius.double().clamp_min(SCALE_FLOOR).view(heads, -1)
     k = k_radius.double().clamp_min(SCALE_FLOOR).view(heads, -1)
     a = (q * k).sqrt().amax(1, keepdim=True) / (2.0 ** (bits - 1) - 0.5)
+    a = a.maximum(torch.as_tensor(floor, dtype=a.dtype, device=a.device).sqrt().view(-1, 1))
     ratio = (q / k).sqrt()
     return (a * ratio).flatten().float(), (a / ratio).flatten().float(), a.square().flatten().float()
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq_kernels.nn import QuantAttention, QuantBlock, QuantLayerNorm, QuantLinear, QuantMlp
+from vitq_kernels.nn import QuantAttention, QuantBlock, QuantLayerNorm, QuantLinear, QuantMlp, QuantWindowAttention
 from vitq_kernels.spec import QuantFormat
 
 # How far a value may go if all iterations push it the same way: scales relative, biases in deviations of the output.
@@ -39,7 +39,7 @@ def reconstruct(
 
     Args:
         block: converted, changed in place.
-        inputs: batches [B, S, C] of the residual stream that enters the block in the quantized model.
+        inputs: batches [B, S, C] of the residual stream that enters the block in the quantized model, or maps.
         targets: batches [B, S, C], the stream that the float model has behind the block.
         token_weights: batches [B, S], how much each token counts.
         iterations: >= 1.
@@ -173,19 +173,28 @@ class AttentionTwin(nn.Module):
         self.register_buffer("kappa", attn.kappa.view(-1, 1, 1))
         self.register_buffer("multiplier", attn.multiplier[:, None])
         self.register_buffer("zero_point", attn.zero_point[:, None].float())
+        self.windows = attn.windows if isinstance(attn, QuantWindowAttention) else None
+        self.register_buffer("bias", None if self.windows is None else attn.bias_q)
+        self.register_buffer("padding", None if self.windows is None else attn.padding.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes [B, S, C] to codes [B, S, H * D], all as floats."""
+        """Codes [B, S, C], or of a map [B, H, W, C], to codes [B, S, H * D], all as floats."""
         heads, dim = self.multiplier.shape[0], self.multiplier.shape[2]
+        windows = None if self.windows is None else self.windows.at((x.shape[1], x.shape[2]))
+        if windows is not None:
+            x = windows.gather(windows.pad(x, self.padding))
         codes = rounded(self.qkv(x), self.code_format.qmin, self.code_format.qmax)
-        q, k, v = codes.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = codes.unflatten(-1, (3, heads, dim)).movedim(-3, 0).transpose(-3, -2)
         scores = q @ k.mT
+        if windows is not None:
+            scores = scores + self.bias[windows.pattern(x.device).long()]
         steps = (scores.amax(-1, keepdim=True).detach() - scores) * self.kappa
         chosen = steps.detach().round().clamp(max=self.levels.shape[1] - 1).long()
         hard = self.levels[torch.arange(heads, device=x.device).view(-1, 1, 1), chosen]
         probability = straight_through(self.levels[0, 0] * torch.exp2(-self.tau * steps), hard)
         out = probability @ v / probability.sum(-1, keepdim=True) * self.multiplier + self.zero_point
-        return rounded(out, self.out_format.qmin, self.out_format.qmax).transpose(1, 2).flatten(2)
+        out = rounded(out, self.out_format.qmin, self.out_format.qmax).transpose(-3, -2).flatten(-2)
+        return out if windows is None else windows.crop(windows.scatter(out))
 
 
 class HiddenTwin(nn.Module):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.lrp_rules import Composite
-from vitq_kernels.models import BlockParts, ModelParts, UnsupportedModelError
+from vitq_kernels.models import BlockParts, MergingParts, ModelParts, UnsupportedModelError
+from vitq_kernels.windows import merged_patches
 
 # Called with a site's name, its relevance, and how many of its tokens stand before the patch tokens. Tokens lie along
 # dimension -2: [B, S, N] at linears and av (S = P at the patch embedding), [B, H, S, S] at qk; heads have none: [B, N].
+# Token maps are [B, H, W, N], windowed scores [B, W, H, S, S]; no tokens stand before theirs.
 Visit = Callable[[str, Tensor, int], None]
 
 
@@ -62,8 +64,14 @@ def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: V
     # The sums of Chefer's Add run over the patch tokens; in Chefer's code also over the class token, which is constant.
     patches = rules.add(x, constant[:, -x.shape[1] :])
     x = norm("norm_pre", torch.cat([constant[:, : -x.shape[1]], patches], dim=1))
-    for block in parts.blocks:
-        x = _block(rules, block, x, site)
+    x = x.unflatten(1, grid) if parts.token_map else x
+    for step in parts.steps:
+        if isinstance(step, BlockParts):
+            x = _block(rules, step, x, site)
+        elif isinstance(step, MergingParts):
+            x = _merging(rules, step, x, site)
+        else:
+            raise UnsupportedModelError(f"{step.name}: {parts.left_in_float[step.name]} has no relevance rule")
     x = norm("norm", x)
     outputs = []
     for name, head in parts.heads.items():
@@ -77,13 +85,22 @@ def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: V
 def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
     attn, mlp = block.attn, block.mlp
     y = rules.layer_norm(x, block.norm1)
-    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, attn.qkv))
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
-    scores = site(f"{block.name}.attn.qk", rules.matmul(q, k.mT))
-    y = rules.matmul(rules.softmax(rules.scale(scores, attn.softmax_scale)), v)
-    y = site(f"{block.name}.attn.av", y.transpose(1, 2).flatten(2))
+    windows = attn.windows_of(x)
+    y = y if windows is None else windows.pad(y)
+    q, k, v = attn.heads(site(f"{block.name}.attn.qkv", rules.linear(y, attn.qkv)), windows)
+    logits = rules.scale(site(f"{block.name}.attn.qk", rules.matmul(q, k.mT)), attn.softmax_scale)
+    bias = attn.bias_of(windows)
+    if bias is not None:
+        logits = rules.add(logits, bias.expand_as(logits))
+    y = rules.matmul(rules.softmax(logits), v)
+    y = site(f"{block.name}.attn.av", attn.merged(y, windows))
     y = site(f"{block.name}.attn.proj", rules.linear(y, attn.proj))
     x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
     y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), mlp.fc1))
     y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, mlp.gelu), mlp.fc2))
     return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))
+
+
+def _merging(rules: Composite, merging: MergingParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
+    y = rules.layer_norm(merged_patches(x), merging.norm)
+    return site(f"{merging.name}.reduction", rules.linear(y, merging.reduction))

@@ -20,6 +20,7 @@ KINDS = {
     "proj": "attention output",
     "fc1": "MLP, first",
     "fc2": "MLP, second",
+    "reduction": "patch merging",
 }
 UNITS = {"MB": 1e6, "kB": 1e3}
 NARROW, TEXT = ' class="narrow"', ' class="text"'

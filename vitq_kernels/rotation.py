@@ -38,6 +38,10 @@ def rotate(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     result = copy.deepcopy(model)
     parts = model_parts(result, strict=True)
+    if parts.token_map:
+        raise UnsupportedModelError(
+            f"rotate: model must have one residual stream from end to end, got a {type(model).__name__}"
+        )
     final_norm = _final_norm(parts)
     rotation = mean_keeping_rotation(parts.patch_proj.out_channels, seed).to(parts.patch_proj.weight.device)
     for tokens in result.parameters(recurse=False):  # class, distillation and register tokens, positions: [1, T, C]

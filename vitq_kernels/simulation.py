@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq_kernels.models import model_parts
+from vitq_kernels.models import MergingParts, model_parts
 
 
 class SimulatedLinear(nn.Module):
@@ -76,10 +76,27 @@ class SimulatedAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("SimulatedAttention: attn_mask and is_causal must be absent, got a mask")
+        return self.attend(x, 0.0)
+
+    def attend(self, x: Tensor, bias: Tensor | float) -> Tensor:
+        """Float [B, S, C] to [B, S, C]; the bias is added to the logits [B, H, S, S]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = self.query(q) @ self.key(k).mT * self.softmax_scale
+        scores = self.query(q) @ self.key(k).mT * self.softmax_scale + bias
         out = self.probability(scores.softmax(-1)) @ self.value(v)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class SimulatedWindowAttention(SimulatedAttention):
+    """Self-attention inside windows with a bias [H, S, S] of positions; a drop-in for timm's ``WindowAttention``."""
+
+    def __init__(self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, softmax_scale: float, bias: Tensor) -> None:
+        super().__init__(qkv, proj, num_heads, softmax_scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Windows [B * W, S, C] to the same, given what is added to the logits of each window, [W, S, S]."""
+        bias = self.bias if mask is None else (self.bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
+        return self.attend(x, bias)
 
 
 @torch.no_grad()
@@ -98,10 +115,15 @@ def simulated(model: nn.Module) -> nn.Module:
     result.set_submodule(parts.patch_name, SimulatedPatchEmbed(parts.patch_proj))
     for block in parts.blocks:
         attn = block.attn
-        attention = SimulatedAttention(attn.qkv, attn.proj, attn.num_heads, attn.softmax_scale)
+        common = (attn.qkv, attn.proj, attn.num_heads, attn.softmax_scale)
+        bias = attn.bias()  # of which the first pattern has no mask
+        attention = SimulatedAttention(*common) if bias is None else SimulatedWindowAttention(*common, bias[0])
         result.set_submodule(f"{block.name}.attn", attention.eval())
         for name, linear in (("fc1", block.mlp.fc1), ("fc2", block.mlp.fc2)):
             result.set_submodule(f"{block.name}.mlp.{name}", SimulatedLinear(linear))
+    for step in parts.steps:
+        if isinstance(step, MergingParts):
+            result.set_submodule(f"{step.name}.reduction", SimulatedLinear(step.reduction))
     for name, head in parts.heads.items():
         result.set_submodule(name, SimulatedLinear(head))
     return result.eval()

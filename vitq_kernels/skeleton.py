@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.models import BlockParts, model_parts
+from vitq_kernels.models import BlockParts, MergingParts, model_parts
 from vitq_kernels.nn import (
     QuantAttention,
     QuantBlock,
@@ -16,6 +16,8 @@ from vitq_kernels.nn import (
     QuantLinear,
     QuantMlp,
     QuantPatchEmbed,
+    QuantPatchMerging,
+    QuantWindowAttention,
 )
 from vitq_kernels.nn.linear import Epilogue
 from vitq_kernels.packing import PackedWeight
@@ -23,7 +25,7 @@ from vitq_kernels.spec import MAX_BITS, BitAllocation, RowGroups, SiteBits
 
 
 def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Container[str] = ()) -> nn.Module:
-    """Replaces the modules of a float VisionTransformer by integer ones on the meta device, in place.
+    """Replaces the modules of a float model by integer ones on the meta device, in place.
 
     What ``converter.py`` builds from statistics, here from widths alone: names, shapes and dtypes of the buffers agree.
 
@@ -38,8 +40,11 @@ def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Con
     conv = parts.patch_proj
     cols = conv.weight[0].numel()
     model.set_submodule(parts.patch_name, QuantPatchEmbed(_float_linear(site, cols), conv.kernel_size))
-    for block in parts.blocks:
-        model.set_submodule(block.name, _block(block, allocation, f"{block.name}.mlp.fc1.levels" in tensors))
+    for step in parts.steps:
+        if isinstance(step, BlockParts):
+            model.set_submodule(step.name, _block(step, allocation, f"{step.name}.mlp.fc1.levels" in tensors))
+        elif isinstance(step, MergingParts):
+            model.set_submodule(step.name, _merging(step, bits))
     for name, head in parts.heads.items():
         model.set_submodule(name, _float_linear(bits[name], head.in_features))
     return model
@@ -49,15 +54,11 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
     def at(suffix: str) -> SiteBits:
         return allocation.sites[f"{block.name}.{suffix}"]
 
-    def norm(module: nn.LayerNorm, site: SiteBits) -> QuantLayerNorm:
-        channels = module.normalized_shape[0]
-        return QuantLayerNorm(_empty(channels), _empty(channels), module.eps, site.activation)
-
     attn_parts, mlp_parts = block.attn, block.mlp
     heads, dim = attn_parts.num_heads, attn_parts.head_dim
     qkv, qk, av, proj = at("attn.qkv"), at("attn.qk"), at("attn.av"), at("attn.proj")
     fc1, fc2 = at("mlp.fc1"), at("mlp.fc2")
-    attn = QuantAttention(
+    common = (
         _linear(qkv, attn_parts.qkv.in_features, "codes", qk.activation),
         _linear(proj, attn_parts.proj.in_features, "residual"),
         _empty(heads),
@@ -66,13 +67,29 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
         _empty(heads, dim, dtype=torch.int32),
         proj.activation,
     )
+    if attn_parts.windows is None:
+        attn = QuantAttention(*common)
+    else:
+        table = _empty(*attn_parts.bias_table.shape, dtype=torch.int32)
+        padding = _empty(attn_parts.qkv.in_features, dtype=torch.int8)
+        attn = QuantWindowAttention(*common, table, padding, attn_parts.windows)
     mlp = QuantMlp(
         _linear(
             fc1, mlp_parts.fc1.in_features, "gelu levels" if gelu_levels else "gelu", fc2.activation, mlp_parts.gelu
         ),
         _linear(fc2, mlp_parts.fc2.in_features, "residual", input_bits=MAX_BITS if gelu_levels else None),
     )
-    return QuantBlock(norm(block.norm1, qkv), attn, norm(block.norm2, fc1), mlp)
+    return QuantBlock(_norm(block.norm1, qkv), attn, _norm(block.norm2, fc1), mlp)
+
+
+def _merging(merging: MergingParts, bits: Mapping[str, SiteBits]) -> QuantPatchMerging:
+    name, linear = next(iter(merging.linears.items()))
+    return QuantPatchMerging(_norm(merging.norm, bits[name]), _linear(bits[name], linear.in_features, "real"))
+
+
+def _norm(module: nn.LayerNorm, site: SiteBits) -> QuantLayerNorm:
+    channels = module.normalized_shape[0]
+    return QuantLayerNorm(_empty(channels), _empty(channels), module.eps, site.activation)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

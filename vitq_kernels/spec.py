@@ -16,7 +16,7 @@ from vitq_kernels.budget import Budget as Budget  # a word of the vocabulary
 MIN_BITS, MAX_BITS = 2, 8
 TILE_ROWS = 256  # rows a kernel stages together; the order of rows is free inside a tile (docs/semantics.md)
 
-SiteKind = Literal["patch_embed", "qkv", "qk", "av", "proj", "fc1", "fc2", "head"]
+SiteKind = Literal["patch_embed", "qkv", "qk", "av", "proj", "fc1", "fc2", "reduction", "head"]
 
 
 def check_bits(bits: Any, argument: str) -> int:
@@ -75,7 +75,7 @@ class Site:
 
     @property
     def in_block(self) -> bool:
-        """True for the sites of transformer blocks, False for patch embedding and head."""
+        """True for the sites of transformer blocks and patch mergings, False for patch embedding and head."""
         return self.kind not in ("patch_embed", "head")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitq_kernels.models import vit
+from vitq_kernels.models import swin, vit
 from vitq_kernels.models.parts import (
     AttentionParts,
     BlockParts,
     FloatStep,
+    MergingParts,
     MlpParts,
     ModelParts,
     Step,
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionParts",
     "BlockParts",
     "FloatStep",
+    "MergingParts",
     "MlpParts",
     "ModelParts",
     "Step",
@@ -36,7 +38,7 @@ __all__ = [
 
 # A family is a module with CLASSES (by the name that stands in a config), cut(model) to ModelParts, describe(model) and
 # build(config).
-FAMILIES = (vit,)
+FAMILIES = (vit, swin)
 FAMILY_OF = {name: family for family in FAMILIES for name in family.CLASSES}
 
 

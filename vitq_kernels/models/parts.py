@@ -1,7 +1,7 @@
 """The vocabulary of models: what every family is cut into. Whose attributes the parts were is the families' business.
 
 A model is a patch embedding, a row of steps on a stream of tokens, and an end with the classifiers. A step is a block
-of attention and MLP, or a module that stays in float.
+of attention and MLP, a merging of patches, or a module that stays in float.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from vitq_kernels.spec import Site, SiteKind
+from vitq_kernels.windows import Windows, relative_positions
+
+MASKED_LOGIT = -100.0  # what timm's Swin adds to the logits of pairs that must not see each other
 
 
 class UnsupportedModelError(ValueError):
@@ -21,13 +25,48 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """Multi-head self-attention ``proj(softmax(q k^T * softmax_scale) v)``."""
+    """Multi-head self-attention ``proj(softmax(q k^T * softmax_scale + bias) v)``, of all tokens or inside windows."""
 
     qkv: nn.Linear  # rows are [3, H, D]
     proj: nn.Linear
     num_heads: int
     head_dim: int
     softmax_scale: float
+    bias_table: Tensor | None = None  # [(2h - 1)(2w - 1), H], logits by relative position in a window
+    windows: Windows | None = None  # of a map of the model's own size; None: all tokens see each other
+
+    def bias(self) -> Tensor | None:
+        """What is added to the logits, mask included: [P, H, S, S], window w taking ``windows.pattern()[w]``; or None.
+
+        Dtype and device are the table's.
+        """
+        if self.windows is None or self.bias_table is None:
+            return None
+        table = self.bias_table.detach()
+        bias = table[relative_positions(self.windows.size, table.device)].permute(2, 0, 1)
+        mask = self.windows.mask(table.device)[:, None]
+        return torch.where(mask, bias + MASKED_LOGIT, bias)
+
+    def bias_of(self, windows: Windows | None) -> Tensor | None:
+        """``bias`` of each window, [W, H, S, S]; or None."""
+        bias = self.bias()
+        return bias if bias is None or windows is None else bias[windows.pattern(bias.device).long()]
+
+    def windows_of(self, x: Tensor) -> Windows | None:
+        """The windows of the map of tokens x [B, H, W, C]."""
+        return None if self.windows is None else self.windows.at((x.shape[1], x.shape[2]))
+
+    def heads(self, qkv: Tensor, windows: Windows | None) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [B, L, 3 * H * D] to q, k and v, each [B, H, L, D]; of windows, [B, W, H, S, D]."""
+        if windows is not None:
+            qkv = windows.gather(qkv)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).movedim(-3, 0).transpose(-3, -2)
+        return q, k, v
+
+    def merged(self, x: Tensor, windows: Windows | None) -> Tensor:
+        """Heads [B, H, S, D] side by side: [B, S, H * D]; of windows [B, W, H, S, D], as a map without its padding."""
+        x = x.transpose(-3, -2).flatten(-2)
+        return x if windows is None else windows.crop(windows.scatter(x))
 
 
 @dataclass(frozen=True)
@@ -68,13 +107,41 @@ class BlockParts:
     @property
     def sites(self) -> Iterator[Site]:
         """In forward order."""
-        matmul = self.attn.num_heads * self.tokens * self.tokens * self.attn.head_dim
+        windows = self.attn.windows
+        count, length = (1, self.tokens) if windows is None else (windows.count, windows.places)
+        matmul = self.attn.num_heads * count * length * length * self.attn.head_dim
         for name, linear in self.linears.items():
             kind: SiteKind = name.rpartition(".")[2]  # type: ignore[assignment]
-            yield linear_site(name, kind, linear, self.tokens)
-            if linear is self.attn.qkv:
+            if kind == "qkv":
+                yield linear_site(name, kind, linear, count * length)
                 yield Site(f"{self.name}.attn.qk", "qk", 0, 0, matmul)
                 yield Site(f"{self.name}.attn.av", "av", 0, 0, matmul)
+            else:
+                yield linear_site(name, kind, linear, self.tokens)
+
+
+@dataclass(frozen=True)
+class MergingParts:
+    """Patch merging ``reduction(norm(patches of 2x2 tokens))``: a map [B, H, W, C] to [B, H/2, W/2, N], rounded up.
+
+    Its site is ``<name>.reduction``.
+    """
+
+    name: str  # of the module in the model, "layers.1.downsample"
+    tokens: int  # that come out, of an image of the model's own size
+    norm: nn.LayerNorm  # of [4 * C]
+    reduction: nn.Linear
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear under its site's name."""
+        return {f"{self.name}.reduction": self.reduction}
+
+    @property
+    def sites(self) -> Iterator[Site]:
+        """The one site."""
+        for name, linear in self.linears.items():
+            yield linear_site(name, "reduction", linear, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -84,19 +151,24 @@ class FloatStep:
     name: str  # of the module in the model
 
     @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """None that is quantized."""
+        return {}
+
+    @property
     def sites(self) -> Iterator[Site]:
         """None."""
         yield from ()
 
 
-Step = BlockParts | FloatStep
+Step = BlockParts | MergingParts | FloatStep
 
 
 @dataclass(frozen=True)
 class ModelParts(ABC):
     """A model cut into what is quantized and what stays float. Families fill in how its ends compute.
 
-    Every step is the module of its name, called with the tokens alone.
+    Tokens are [B, S, C], or a map [B, H, W, C]. Every step is the module of its name, called with the tokens alone.
     """
 
     model: nn.Module
@@ -108,6 +180,7 @@ class ModelParts(ABC):
     left_in_float: Mapping[str, str]  # module name -> why it has no integer form
     prefix_tokens: int = 0  # class, distillation and register tokens that stand before the patch tokens
     read_tokens: int = 0  # how many of the first tokens the classifier reads, or 0 where it pools all
+    token_map: bool = False  # whether tokens are a map
 
     @property
     def blocks(self) -> tuple[BlockParts, ...]:
@@ -117,7 +190,7 @@ class ModelParts(ABC):
     @property
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of all steps under their sites' names, in forward order."""
-        return {name: linear for block in self.blocks for name, linear in block.linears.items()}
+        return {name: linear for step in self.steps for name, linear in step.linears.items()}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -158,7 +231,7 @@ class ModelParts(ABC):
 
     @abstractmethod
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches [B, P, C] of a ``grid`` of (rows, columns) to the tokens that enter ``norm_pre``."""
+        """Patches [B, P, C] of a ``grid`` of (rows, columns) to the tokens [B, S, C] that enter ``norm_pre``."""
 
     @abstractmethod
     def head_inputs(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from vitq_kernels.nn.layernorm import QuantLayerNorm
 from vitq_kernels.nn.linear import DynamicQuantLinear, PackedLinear, QuantLinear, QuantPatchEmbed, flatten_patches
 from vitq_kernels.nn.mlp import QuantMlp
 from vitq_kernels.nn.module import IntegerModule, QuantizeInput
+from vitq_kernels.nn.patch_merging import QuantPatchMerging
+from vitq_kernels.nn.window_attention import QuantWindowAttention
 
 __all__ = [
     "DynamicQuantLinear",
@@ -17,6 +19,8 @@ __all__ = [
     "QuantLinear",
     "QuantMlp",
     "QuantPatchEmbed",
+    "QuantPatchMerging",
+    "QuantWindowAttention",
     "QuantizeInput",
     "flatten_patches",
 ]

@@ -1,4 +1,4 @@
-"""A transformer block in integers; a drop-in for timm's ``Block``."""
+"""A transformer block in integers; a drop-in for timm's ``Block`` and ``SwinTransformerBlock``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class QuantBlock(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Residual stream [B, S, C] to residual stream, as timm calls it.
+        """Residual stream [B, S, C] to residual stream, as timm calls it; a map [B, H, W, C] with windowed attention.
 
         Raises:
             ValueError: an attention mask was given; integer attention here has none yet.

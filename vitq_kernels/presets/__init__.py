@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.models import model_config, model_sites
+from vitq_kernels.models import UnsupportedModelError, model_config, model_parts, model_sites
 from vitq_kernels.presets import (
     adalog,
     dopq_vit,
@@ -86,6 +86,8 @@ def simulate(
     for what, tensors in (("images", [images]), ("model: weights", model.parameters())):
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise ValueError(f"{what} must be finite, got NaN or Inf")
+    if model_parts(model, strict=True).token_map:
+        raise UnsupportedModelError(f"simulate: methods are for a VisionTransformer, got {type(model).__name__}")
     preset, sites, config = PRESETS[method], model_sites(model), model_config(model)  # type: ignore[arg-type]
     if allocation is None:
         allocation = published_widths(sites, weight_bits, activation_bits)  # type: ignore[arg-type]

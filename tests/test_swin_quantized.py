@@ -1,0 +1,205 @@
+"""Swin on integer modules: against the float model, against attention window by window, and out of a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from small_swins import SWINS, quantized_swin, realistic, swin, swin_images
+from torch import Tensor, nn
+
+import vitq_kernels as vitq
+from tests.numerics import assert_bitwise_equal, integers
+from tests.small_vits import mixed_allocation, sqnr_db
+from vitq_kernels import ops
+from vitq_kernels.calibration import calibrate
+from vitq_kernels.config import QuantConfig
+from vitq_kernels.models import model_parts, model_sites
+from vitq_kernels.nn import QuantPatchMerging, QuantWindowAttention
+from vitq_kernels.nn.window_attention import MASKED
+from vitq_kernels.quantizers import log2_steps
+from vitq_kernels.windows import BIAS_LIMIT
+
+NEAR = 17  # dB of logits at W8A8, by what differs between images; the variants measured 20 to 28
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def fresh_images(variant: str, count: int = 8) -> Tensor:
+    """Images that calibration has not seen."""
+    return swin_images(variant, count, seed=77)
+
+
+def window_attentions(model: nn.Module) -> dict[str, QuantWindowAttention]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantWindowAttention)}
+
+
+@pytest.mark.parametrize("variant", SWINS)
+def test_w8a8_is_near_the_float_model(variant: str) -> None:
+    model, images = swin(variant), fresh_images(variant)
+    exact, found = model(images), quantized_swin(variant)(images)
+    assert sqnr_db(found, exact) > NEAR
+    assert F.cosine_similarity(found, exact).min() > 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [7, 12], ids=["7-of-224", "12-of-384"])
+def test_the_published_shapes_keep_their_logits(window: int) -> None:
+    """Swin-Tiny of 224 pixels, and its widths in windows of 12 on 384 pixels cut to one block of a kind."""
+    arguments = {} if window == 7 else {"img_size": 384, "window_size": 12, "depths": (2, 1, 1, 1)}
+    model = realistic(timm.create_model("swin_tiny_patch4_window7_224", **arguments).eval())
+    generator = torch.Generator().manual_seed(3)
+    size = model.patch_embed.img_size
+    images = torch.randn(6, 3, *size, generator=generator)
+    found = vitq.quantize(model, images[:4], batch_size=4)(images)
+    assert F.cosine_similarity(found, model(images)).min() >= 0.999
+
+
+@pytest.mark.parametrize("variant", ["shifted", "padded", "odd-sides"])
+def test_attention_is_that_of_each_window_alone(variant: str) -> None:
+    """timm's roll, pad, partition and reverse of the codes around the op without windows."""
+    for module in window_attentions(quantized_swin(variant)).values():
+        windows = module.windows
+        channels = module.qkv.in_features
+        x = integers(-128, 127, (2, *windows.grid, channels), 0).to(torch.int8)
+        rolled = torch.roll(x, (-windows.shift[0], -windows.shift[1]), (1, 2))
+        full = module.padding.expand(2, *windows.padded, channels).clone()
+        full[:, : windows.grid[0], : windows.grid[1]] = rolled
+        (rows, columns), (height, width) = windows.padded, windows.size
+        out = torch.zeros(2, rows, columns, module.num_heads * module.head_dim, dtype=torch.int8)
+        for index in range(windows.count):
+            top, left = divmod(index, columns // width)
+            place = (slice(None), slice(top * height, (top + 1) * height), slice(left * width, (left + 1) * width))
+            qkv = module.qkv(full[place].flatten(1, 2)).unflatten(-1, (3, module.num_heads, module.head_dim))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            tables = (module.kappa, module.levels, module.multiplier, module.zero_point)
+            bias = module.bias_q[module.pattern[index]][None]
+            found = ops.attention(q, k, v, *tables, bias, None, module.out_bits)
+            out[place] = found.unflatten(1, windows.size)
+        cropped = out[:, : windows.grid[0], : windows.grid[1]]
+        assert_bitwise_equal(module.attend(x), torch.roll(cropped, windows.shift, (1, 2)))
+
+
+def test_the_bias_is_the_float_models_in_units_of_the_score() -> None:
+    """``bias_q * kappa`` counts code steps: tau octaves each, a logit being log2(e) octaves."""
+    model, stats = swin(), calibrate(swin(), swin_images())
+    for part in model_parts(model).blocks:
+        module = quantized_swin().get_submodule(f"{part.name}.attn")
+        index = stats.tau_error[f"{part.name}.attn.av"][-1].argmin(0).tolist()
+        tau = torch.tensor([log2_steps(8)[i] for i in index]).double()
+        octave = (module.kappa.double() * tau)[:, None, None]
+        exact = part.attn.bias().double() * math.log2(math.e)
+        masked = part.attn.windows.mask()[:, None].expand_as(exact)
+        error = (module.bias_q * octave - exact)[~masked].abs()
+        assert error.max() <= (0.5 * octave).max() + 1e-5  # half a unit
+        if masked.any():
+            steps = (module.bias_q * module.kappa[:, None, None])[masked]
+            assert steps.max() < -(2**8)  # beyond every level, even from the best of scores
+            assert (module.bias_q[masked] <= MASKED + BIAS_LIMIT // 8).all()
+
+
+def test_scores_that_hardly_differ_leave_the_bias_and_the_mask_their_say() -> None:
+    """With tiny q and k a logit would be more units than fit an integer."""
+    model, images = swin(), fresh_images("shifted")
+    for part in model_parts(model).blocks:
+        half = part.attn.qkv.out_features // 3 * 2
+        part.attn.qkv.weight[:half] *= 1e-7
+        part.attn.qkv.bias[:half] *= 1e-7
+    qmodel = vitq.quantize(model, swin_images())
+    assert F.cosine_similarity(qmodel(images), model(images)).min() > 0.998
+    for module in window_attentions(qmodel).values():
+        assert module.bias_table.abs().max() < BIAS_LIMIT
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_narrow_activations_work(bits: int) -> None:
+    model, images = swin(), fresh_images("shifted")
+    found = quantized_swin("shifted", 8, bits)(images)
+    assert F.cosine_similarity(found, model(images)).min() > {4: 0.8, 6: 0.98}[bits]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [QuantConfig(compensation=None), QuantConfig(gptq=False, bias_correction=False), QuantConfig(reconstruction=2)],
+    ids=["no-compensation", "nearest", "reconstruction"],
+)
+@pytest.mark.parametrize("variant", ["padded", "shifted"])
+def test_every_way_to_fit_weights_works(variant: str, config: QuantConfig) -> None:
+    model, images = swin(variant), fresh_images(variant)
+    found = vitq.quantize(model, swin_images(variant), config=config)(images)
+    assert F.cosine_similarity(found, model(images)).min() > 0.995
+
+
+def test_bias_correction_makes_the_mean_output_of_a_merging_exact() -> None:
+    model, images = swin("padded"), swin_images("padded")
+    allocation = vitq.BitAllocation.uniform(model_sites(model), 3)
+    mean = {}
+    for on in (True, False):
+        config = QuantConfig(bias_correction=on, compensation=None)
+        qmodel = vitq.quantize(model, images, allocation, config=config)
+        found: list[Tensor] = []
+        qmodel.layers[1].downsample.register_forward_hook(lambda _, args, out, found=found: found.append(out))
+        qmodel(images)
+        wanted = calibrate(model, images).output_mean["layers.1.downsample.reduction"]
+        mean[on] = (found[0].flatten(0, -2).mean(0) - wanted).abs().max()
+    assert mean[True] < 0.05 * mean[False]
+
+
+def test_rows_of_many_widths_work_and_are_stored() -> None:
+    model, images = swin(), fresh_images("shifted")
+    allocation = mixed_allocation(model)
+    qmodel = vitq.quantize(model, swin_images(), allocation)
+    assert isinstance(qmodel.layers[1].downsample, QuantPatchMerging)
+    assert len(set(qmodel.layers[1].downsample.reduction.groups.bits)) > 1
+    assert F.cosine_similarity(qmodel(images), model(images)).min() > 0.8
+
+
+@pytest.mark.parametrize("variant", ["padded", "any-size", "window-by-stage"])
+def test_a_file_gives_the_same_model(variant: str, tmp_path) -> None:
+    qmodel, images = quantized_swin(variant), fresh_images(variant)
+    vitq.save(qmodel, tmp_path / "swin.safetensors")
+    assert_bitwise_equal(vitq.load(tmp_path / "swin.safetensors")(images), qmodel(images))
+
+
+def test_index_tables_are_never_stored() -> None:
+    stored = quantized_swin().state_dict()
+    for name in window_attentions(quantized_swin()):
+        assert f"{name}.bias_table" in stored
+        assert not stored.keys() & {f"{name}.{table}" for table in ("table", "pattern", "bias_q")}
+
+
+def test_a_bias_beyond_the_limit_is_cut_when_loaded() -> None:
+    """What the op adds must not overflow, whatever a file holds."""
+    (name, module), *_ = window_attentions(quantized_swin()).items()
+    state = {**quantized_swin().state_dict(), f"{name}.bias_table": torch.full_like(module.bias_table, 2**31 - 1)}
+    model = vitq.quantize(swin(), stats=calibrate(swin(), swin_images()))
+    model.load_state_dict(state)
+    assert model.get_submodule(name).bias_q.abs().max() <= 2 * BIAS_LIMIT
+
+
+def test_maps_of_any_size_go_through_a_model_that_takes_them() -> None:
+    model = swin("any-size")
+    images = torch.randn(4, 3, 44, 20, generator=torch.Generator().manual_seed(0))
+    found, exact = quantized_swin("any-size")(images), model(images)
+    assert F.cosine_similarity(found, exact).min() > 0.995
+    features = quantized_swin("any-size").forward_intermediates(images, intermediates_only=True)
+    for ours, theirs in zip(features, model.forward_intermediates(images, intermediates_only=True), strict=True):
+        assert ours.shape == theirs.shape
+        assert F.cosine_similarity(ours.flatten(1), theirs.flatten(1)).min() > 0.99
+
+
+def test_half_precision_keeps_the_integers() -> None:
+    model = vitq.quantize(swin(), stats=calibrate(swin(), swin_images()))
+    images = fresh_images("shifted")
+    exact = model(images)
+    half = model.half()
+    assert half.layers[0].blocks[0].attn.bias_q.dtype == torch.int32
+    assert F.cosine_similarity(half(images.half()).float(), exact).min() > 0.999

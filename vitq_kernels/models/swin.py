@@ -1,0 +1,146 @@
+"""timm's Swin Transformer, version 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import ClassifierHead
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
+from torch import Tensor, nn
+
+from vitq_kernels.models.parts import AttentionParts, BlockParts, FloatStep, MergingParts, ModelParts, Step
+from vitq_kernels.models.timm_layers import (
+    classifiers,
+    embedded_pixels,
+    mlp_parts,
+    patch_convolution,
+    why_no_layers,
+    why_no_mlp,
+)
+from vitq_kernels.windows import Windows
+
+CLASSES = {SwinTransformer.__name__: SwinTransformer}
+
+
+@dataclass(frozen=True)
+class SwinParts(ModelParts):
+    """A SwinTransformer; tokens are a map [B, H, W, C]."""
+
+    model: SwinTransformer
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Of the base class."""
+        return self.model.patch_embed(images)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of the base class."""
+        return self.model.forward_head(self.model.norm(tokens))
+
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """Of the base class."""
+        absent = nn.Identity()
+        embed = self.model.patch_embed.norm
+        return {"patch_embed.norm": embed, "norm_pre": absent, "norm": self.model.norm, "fc_norm": absent}
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Of the base class."""
+        return embedded_pixels(self.model.patch_embed, images)
+
+    def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Of the base class: no position embedding, no class token."""
+        return patches
+
+    def head_inputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Of the base class."""
+        return {"head.fc": self.model.head.global_pool(tokens)}
+
+
+def cut(model: SwinTransformer) -> SwinParts:
+    """Cuts a SwinTransformer into its parts; what has no integer form is named in ``left_in_float``.
+
+    Raises:
+        UnsupportedModelError: the patch embedding has no integer form.
+    """
+    conv = patch_convolution(model.patch_embed)
+    left: dict[str, str] = {}
+    steps: list[Step] = []
+    for index, stage in enumerate(model.layers):
+        members = {f"blocks.{number}": block for number, block in enumerate(stage.blocks)}
+        for suffix, module in [("downsample", stage.downsample), *members.items()]:
+            name = f"layers.{index}.{suffix}"
+            if isinstance(module, nn.Identity):
+                continue
+            if reason := _why_unsupported(module):
+                left[name] = reason
+                steps.append(FloatStep(name))
+            elif isinstance(module, PatchMerging):
+                rows, columns = stage.output_resolution
+                steps.append(MergingParts(name, rows * columns, module.norm, module.reduction))
+            else:
+                steps.append(_block_parts(name, module))
+    heads, others = {}, {}
+    if type(model.head) is ClassifierHead:
+        heads, others = classifiers(model.head, ("fc",))
+        heads, others = ({f"head.{name}": value for name, value in found.items()} for found in (heads, others))
+    else:
+        others = {"head": f"classifier of type {type(model.head).__name__}"}
+    patches = model.patch_embed.num_patches
+    return SwinParts(model, "patch_embed.proj", conv, patches, tuple(steps), heads, left | others, token_map=True)
+
+
+def _why_unsupported(block: nn.Module) -> str | None:
+    """The first feature of a block or a merging that the integer kernels lack, or None."""
+    if type(block) is PatchMerging:
+        return why_no_layers(block, ("norm",), ("reduction",))
+    if type(block) is not SwinTransformerBlock:
+        return f"block type {type(block).__name__}"
+    if type(block.attn) is not WindowAttention:
+        return f"attention type {type(block.attn).__name__}"
+    return why_no_mlp(block.mlp) or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
+
+
+def _block_parts(name: str, block: SwinTransformerBlock) -> BlockParts:
+    attn = block.attn
+    head_dim = attn.qkv.out_features // (3 * attn.num_heads)
+    grid = tuple(block.input_resolution)
+    windows = Windows(grid, tuple(block.window_size), tuple(block.shift_size))
+    table = attn.relative_position_bias_table
+    parts = AttentionParts(attn.qkv, attn.proj, attn.num_heads, head_dim, float(attn.scale), table, windows)
+    return BlockParts(name, grid[0] * grid[1], block.norm1, parts, None, block.norm2, mlp_parts(block.mlp), None)
+
+
+def describe(parts: ModelParts) -> dict[str, Any]:
+    """The constructor's arguments."""
+    model = parts.model
+    stages = [[b for b in parts.blocks if b.name.startswith(f"layers.{i}.")] for i in range(len(model.layers))]
+    first = [blocks[0] for blocks in stages]
+    arguments = {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": parts.patch_proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depths": [len(blocks) for blocks in stages],
+        "num_heads": [block.attn.num_heads for block in first],
+        "head_dim": [block.attn.head_dim for block in first],
+        "window_size": [list(block.attn.windows.size) for block in first],
+        "always_partition": model.layers[0].blocks[0].always_partition,
+        "strict_img_size": model.patch_embed.strict_img_size,
+        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
+        "mlp_ratio": [(block.mlp.fc1.out_features + 0.5) / block.mlp.fc1.in_features for block in first],
+        "qkv_bias": first[0].attn.qkv.bias is not None,
+    }
+    return {"arguments": arguments}
+
+
+def build(config: Mapping[str, Any]) -> SwinTransformer:
+    """The inverse of ``describe``, weights uninitialised."""
+    arguments = dict(config["arguments"])
+    for name in ("img_size", "patch_size", "depths", "num_heads", "head_dim", "mlp_ratio"):
+        arguments[name] = tuple(arguments[name])
+    arguments["window_size"] = tuple(tuple(size) for size in arguments["window_size"])
+    return SwinTransformer(**arguments, weight_init="skip")
