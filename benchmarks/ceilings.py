@@ -6,7 +6,8 @@ L2, and the floor of a kernel in a CUDA graph. Codes are bell-shaped and uniform
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -214,17 +215,23 @@ def floors(device: str, backends: Sequence[KernelBackend]) -> Iterator[Ceiling]:
     yield Ceiling("kernel of one element in a graph", _bound(torch.zeros(1, device=device).add_, (1,)))
     for backend in backends:
         built = RowCase("quantize", 1, 1, 64).build(device)
-        call = _bound(torch.ops.vitq.quantize, call_arguments(built, device), backend.name)
-        yield Ceiling(f"quantize of one row, {backend.name}, in a graph", call)
+        for way, context in {"": nullcontext, **backend.ways_to_launch}.items():
+            call = _bound(torch.ops.vitq.quantize, call_arguments(built, device), backend.name, context)
+            yield Ceiling(f"quantize of one row, {backend.name}, in a graph{way and ', '}{way}", call)
 
 
-def _bound(function: object, given: Sequence[object], backend: str = "") -> Call:
+def _bound(
+    function: object,
+    given: Sequence[object],
+    backend: str = "",
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Call:
     assert callable(function)
     if not backend:
         return lambda: function(*given)
 
     def call() -> object:
-        with use_backend(backend):
+        with use_backend(backend), context():
             return function(*given)
 
     return call

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from benchmarks.kernel_backend import KernelBackend, Layer
 from benchmarks.kernel_targets import cuda_targets
-from vitq_kernels.ops.cuda.launch import gpu_of
+from vitq_kernels.ops.cuda.launch import early_starts, gpu_of
 from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Gpu, Problem, asked, candidates, choose, forced, rank
 from vitq_kernels.ops.mma_fragments import place_rows
 
@@ -35,4 +37,5 @@ CUDA = KernelBackend(
     shapes=("mixed", "uniform", "mixed in order", "4 bits", "mixed, 4 bits"),
     has_4bit_products=has_4bit_products,
     compiles=False,
+    ways_to_launch={"no early start": partial(early_starts, False)},
 )

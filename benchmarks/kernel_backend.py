@@ -6,9 +6,9 @@ descriptions of a GPU and of a layer; nothing but the adapter looks into them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class KernelBackend:
     shapes: tuple[str, ...]  # of kernel_checks.TILE_SHAPES: every tile is tried on them
     has_4bit_products: Callable[[Gpu], bool]
     compiles: bool  # on the first launch, so that what is timed is compiled before
+    # What a launch's least time is measured under, beside the default: a context by what rows call it.
+    ways_to_launch: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
 
     def gpu(self, device: str) -> Gpu:
         """The description of a device."""

@@ -455,6 +455,7 @@ struct Attention {
 
 template <int kSteps, int kTiles>
 __global__ void __launch_bounds__(kThreads) attention_kernel(const Arguments with) {
+  follow_predecessor();
   Attention<kSteps, kTiles>(with).run();
 }
 

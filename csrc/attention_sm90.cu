@@ -352,6 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_wgmma_kernel(const Argu
     fence_mbarrier_init();
   }
   VITQ_BARRIER();  // the barriers are initialised
+  follow_predecessor();
   if (threadIdx.x >= kWorkerThreads) {
     give_registers<kLoaderRegisters>();
     load_items<S>(with, keys);

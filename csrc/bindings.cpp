@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "launch.cuh"
 #include "launchers.h"
 
 #ifdef VITQ_EMULATION
@@ -67,10 +68,16 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("attention_sm90_takes", &vitq::attention_sm90_takes);
   using Address = std::optional<uintptr_t>;
   py::class_<vitq::LinearWeight>(module, "LinearWeight", py::module_local())
-      .def(py::init([](Address chunks, Address groups, Address order, int group_count, int steps, int widest) {
-        return vitq::LinearWeight{
-            at<const uint8_t>(chunks), at<const int32_t>(groups), at<const int32_t>(order), group_count, steps, widest};
-      }));
+      .def(py::init(
+          [](Address chunks, Address groups, Address order, int group_count, int steps, int widest, bool settled) {
+            return vitq::LinearWeight{at<const uint8_t>(chunks),
+                                      at<const int32_t>(groups),
+                                      at<const int32_t>(order),
+                                      group_count,
+                                      steps,
+                                      widest,
+                                      settled};
+          }));
   py::class_<vitq::EpilogueArguments>(module, "EpilogueArguments", py::module_local())
       .def(py::init([](Address multiplier, Address bias_q, Address zero_point, Address inv_scale, Address thresholds,
                        Address levels, Address residual, Address token_scale, int level_count, int residual_rows,
@@ -103,6 +110,8 @@ PYBIND11_MODULE(_cuda, module) {
 #else
   module.attr("has_wgmma") = false;
 #endif
+  // Returns what held before.
+  module.def("set_early_starts", [](bool allowed) { return vitq::early_starts.exchange(allowed); });
   module.def("gemm_shared_bytes", [](int tile, int widest, bool staged, int kind) {
     return vitq::gemm_shared_bytes(tile, widest, staged, static_cast<vitq::Epilogue>(kind));
   });
@@ -113,13 +122,18 @@ PYBIND11_MODULE(_cuda, module) {
   module.def(
       "plant",
       [](int skipped_barrier, unsigned extra_pending, bool unbounded_copies, bool swapped_fragment, bool no_fence,
-         bool no_proxy_fence, bool no_swizzle, bool wrong_parity) {
-        vitq::emulation::faults() = {skipped_barrier, extra_pending,  unbounded_copies, swapped_fragment,
-                                     no_fence,        no_proxy_fence, no_swizzle,       wrong_parity};
+         bool no_proxy_fence, bool no_swizzle, bool wrong_parity, bool no_following) {
+        vitq::emulation::faults() = {skipped_barrier, extra_pending, unbounded_copies, swapped_fragment, no_fence,
+                                     no_proxy_fence,  no_swizzle,    wrong_parity,     no_following};
       },
       py::arg("skipped_barrier") = 0, py::arg("extra_pending") = 0, py::arg("unbounded_copies") = false,
       py::arg("swapped_fragment") = false, py::arg("no_fence") = false, py::arg("no_proxy_fence") = false,
-      py::arg("no_swizzle") = false, py::arg("wrong_parity") = false);
+      py::arg("no_swizzle") = false, py::arg("wrong_parity") = false, py::arg("no_following") = false);
+  module.def("withhold", [](const std::vector<std::pair<uintptr_t, size_t>>& ranges) {
+    std::vector<vitq::emulation::Range> withheld;
+    for (const auto& [address, bytes] : ranges) withheld.push_back({reinterpret_cast<unsigned char*>(address), bytes});
+    vitq::emulation::withhold(std::move(withheld));
+  });
   module.def("take_barrier_lines", [] {
     std::array<int, 256> lines;
     const size_t count = vitq::emulation::take_barrier_lines(lines.data(), lines.size());

@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(const Gem
     return;
   }
 #endif
+  follow_predecessor();
   const int row_tiles = (with.rows + T::kRows - 1) / T::kRows;
   const int first_row = blockIdx.x % row_tiles * T::kRows, first_token = blockIdx.x / row_tiles * T::kTokens;
   const int warp = warp_index(), row_warp = warp / T::kTokenWarps, token_warp = warp % T::kTokenWarps;

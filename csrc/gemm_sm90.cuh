@@ -97,41 +97,71 @@ __device__ __forceinline__ int turns(const TileOrder& order) {
   return static_cast<int>(gridDim.x) / T::kCluster >> order.part_bits;
 }
 
-// The loading thread: every stage of every tile of this block.
+// The groups that a block's workers multiply, as the loading thread sees them.
+template <class T>
+struct Groups {
+  int bits[T::kWorkers], first_chunk[T::kWorkers], bits_together = 0;
+
+  __device__ __forceinline__ Groups(const LinearWeight& weight, int row_tile) {
+#pragma unroll
+    for (int worker = 0; worker < T::kWorkers; ++worker) {
+      const int group = row_tile * T::kWorkers + worker;
+      bits[worker] = group < weight.group_count ? weight.groups[2 * group] : 0;
+      first_chunk[worker] = group < weight.group_count ? weight.groups[2 * group + 1] : 0;
+      bits_together += bits[worker];
+    }
+  }
+
+  // Announces all bytes of a stage and asks for the weights'.
+  __device__ __forceinline__ void load(const LinearWeight& weight, const Ring<T>& ring, int slice) const {
+    // Of an odd last step's second half the tokens are zeros, the weights what lay there.
+    const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
+    mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
+#pragma unroll
+    for (int worker = 0; worker < T::kWorkers; ++worker) {
+      if (bits[worker] == 0) continue;
+      copy_bulk(ring.chunks(worker), weight.chunks + (first_chunk[worker] + int64_t{step} * bits[worker]) * kChunkBytes,
+                static_cast<unsigned>(steps * bits[worker] * kChunkBytes), ring.full());
+    }
+  }
+};
+
+// The loading thread: every stage of every tile of this block. Weights that are settled fill the first stages while the
+// kernel in front ends; tokens are its outputs.
 template <class T>
 __device__ __forceinline__ void load_tiles(const GemmArguments& with, const TensorMap& map, const TileOrder& order) {
   const LinearWeight& weight = with.weight;
   const Member<T> member(order);
   Ring<T> ring{weight.widest};
+  int begun = 0;  // slices of the first tile whose weights have been asked for
+  if (weight.settled) {
+    const TilePlace<T> place(order, member, first_turn<T>(order), weight.steps);
+    const Groups<T> groups(weight, place.row);
+#pragma unroll 1
+    for (Ring<T> ahead = ring; begun < T::kStages && place.slice + begun < place.end_slice; ++begun, ahead.advance()) {
+      groups.load(weight, ahead, place.slice + begun);
+    }
+  }
+  follow_predecessor();
   for (int tile = first_turn<T>(order); tile < order.count(); tile += turns<T>(order)) {
     const TilePlace<T> place(order, member, tile, weight.steps);
-    int bits[T::kWorkers], first[T::kWorkers], bits_together = 0;
-#pragma unroll
-    for (int worker = 0; worker < T::kWorkers; ++worker) {
-      const int group = place.row * T::kWorkers + worker;
-      bits[worker] = group < weight.group_count ? weight.groups[2 * group] : 0;
-      first[worker] = group < weight.group_count ? weight.groups[2 * group + 1] : 0;
-      bits_together += bits[worker];
-    }
+    const Groups<T> groups(weight, place.row);
 #pragma unroll 1
     for (int slice = place.slice; slice < place.end_slice; ++slice) {
-      VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
-      // Of an odd last step's second half the tokens are zeros, the weights what lay there.
-      const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
-      mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
+      if (begun > 0) {
+        --begun;
+      } else {
+        VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
+        groups.load(weight, ring, slice);
+      }
+      const int column = slice * kTokenLine, token = place.token * T::kTokens;
       if constexpr (T::kCluster > 1) {  // each block brings its share to all
         constexpr int kShare = T::kTokens / T::kCluster;
         const int its = member.row() * kShare;
-        copy_box(ring.tokens() + its * kTokenLine, map, step * kStepColumns, place.token * T::kTokens + its,
-                 ring.full(), ((1u << T::kCluster) - 1) << member.first_sharer());
+        copy_box(ring.tokens() + its * kTokenLine, map, column, token + its, ring.full(),
+                 ((1u << T::kCluster) - 1) << member.first_sharer());
       } else {
-        copy_box(ring.tokens(), map, step * kStepColumns, place.token * T::kTokens, ring.full());
-      }
-#pragma unroll
-      for (int worker = 0; worker < T::kWorkers; ++worker) {
-        if (bits[worker] == 0) continue;
-        copy_bulk(ring.chunks(worker), weight.chunks + (first[worker] + int64_t{step} * bits[worker]) * kChunkBytes,
-                  static_cast<unsigned>(steps * bits[worker] * kChunkBytes), ring.full());
+        copy_box(ring.tokens(), map, column, token, ring.full());
       }
       ring.advance();
     }
@@ -282,6 +312,7 @@ __device__ __forceinline__ void share_tile(const GemmArguments& with, const int3
 // A worker warp: every tile of this block.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const TileOrder& order) {
+  follow_predecessor();
   const Member<T> member(order);
   Ring<T> ring{with.weight.widest};
   // Of two workers that store alone the second one begins when the last stage has been filled, which while the pipeline
@@ -332,6 +363,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     wgmma_kernel(const GemmArguments with, VITQ_TENSOR_MAP map, const TileOrder order) {
 #if defined(VITQ_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if (threadIdx.x == 0) {
+    prefetch_map(map);
     for (Ring<T> ring{with.weight.widest}; ring.stage < T::kStages; ++ring.stage) {
       mbarrier_init(ring.full(), 1);
       mbarrier_init(ring.empty(), T::kCluster * T::kWorkerThreads / 32);

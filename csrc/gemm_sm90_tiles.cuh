@@ -30,9 +30,9 @@ struct WgmmaTile {
   static constexpr int kStoringThreads = kWarpgroup * kStoredRows / kGroupRows;
   // One thread of the last warpgroup loads. A sub-partition of the SM has a quarter of the registers and a warp of each
   // warpgroup, so a kernel starts with 65536 / threads each; the loading warpgroup gives most of its own to the workers
-  // (setmaxnreg: 2 * 232 + 40 = 504 of 3 * 168, 4 * 112 + 32 = 480 of 5 * 96).
+  // (setmaxnreg: 2 * 224 + 56 = 504 of 3 * 168, 4 * 112 + 32 = 480 of 5 * 96).
   static constexpr int kThreads = kWarpgroup * (kWorkers + 1);
-  static constexpr int kLoaderRegisters = kWorkers == 2 ? 40 : 32, kWorkerRegisters = kWorkers == 2 ? 232 : 112;
+  static constexpr int kLoaderRegisters = kWorkers == 2 ? 56 : 32, kWorkerRegisters = kWorkers == 2 ? 224 : 112;
   static constexpr int kWorkerThreads = kWarpgroup * kWorkers;
   static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
 };

@@ -1,6 +1,11 @@
 // How a launcher starts a kernel: checked, in as much shared memory as it asks for. The same text in both builds.
+//
+// On Hopper a kernel's blocks start while those of the kernel in front end (programmatic dependent launch); so every
+// kernel calls follow_predecessor() (ptx.cuh) before it touches memory that any other kernel writes. tests/test_cuda_pdl.py
+// holds them to it. After a kernel that is not ours, which lets nobody in early, it is an ordinary launch.
 #pragma once
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +16,9 @@ namespace vitq {
 inline void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument("vitq_kernels._cuda: " + message);
 }
+
+// Whether kernels may start early; off only to measure what that gains.
+inline std::atomic<bool> early_starts{true};
 
 #ifdef VITQ_EMULATION
 template <typename Kernel>
@@ -31,6 +39,49 @@ void allow_shared_memory(Kernel* kernel, size_t bytes, const char* name) {
 }
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+// Whether the current device runs code that has the wait: that of sm_90a, on the one GPU that takes it. Others run PTX of
+// an older architecture, from which it was left out. A driver before 12.3 cannot capture such launches in a graph.
+inline bool has_early_starts() {
+#ifdef VITQ_HAS_SM90A
+  static const bool known_to_driver = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  int device = 0, major = 0, minor = 0;
+  return known_to_driver && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return false;
+#endif
+}
+
+// Launches blocks in clusters of `cluster`.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, unsigned threads, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t how{};
+  how.gridDim = grid, how.blockDim = dim3(threads), how.dynamicSmemBytes = shared_bytes, how.stream = stream;
+  how.attrs = attributes;
+  if (cluster > 1) {
+    attributes[how.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[how.numAttrs++].val.clusterDim = {cluster, 1, 1};
+  }
+  if (early_starts && has_early_starts()) {
+    attributes[how.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[how.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchKernelEx(&how, kernel, arguments...);  // an error is the last one too: check_launch
+}
+
+// A launch is written once for both builds.
+#define VITQ_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  vitq::launch_kernel(kernel, 1, grid, threads, shared_bytes, stream, __VA_ARGS__)
+#define VITQ_LAUNCH_CLUSTERS(kernel, cluster, grid, threads, shared_bytes, stream, ...) \
+  vitq::launch_kernel(kernel, cluster, grid, threads, shared_bytes, stream, __VA_ARGS__)
 #endif
 
 }  // namespace vitq

@@ -89,6 +89,7 @@ struct LinearWeight {
   const int32_t* groups;  // [group_count, 2]: bits, and the offset in chunks
   const int32_t* order;   // [64 * group_count]: model row of each stored row, N where there is none; null: the same
   int group_count, steps, widest;
+  bool settled;  // what wrote chunks and groups had completed before the kernel in front of this one began
 };
 
 // One row of the table of tiles.

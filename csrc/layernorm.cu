@@ -87,6 +87,7 @@ __device__ __forceinline__ CodeRange token_range() { return {kRoundToInteger - 1
 template <int kThreads, int kRuns>
 __global__ void __launch_bounds__(kThreadsOfBlock<kThreads>, kBlocksOfSm<kThreads, kRuns>)
     row_kernel(const RowArguments with) {
+  follow_predecessor();
   const int64_t row = row_of_thread<kThreads>();
   if (row >= with.rows) return;  // whole warps; a long row's block has one
   const int thread = kThreads == 32 ? lane_index() : threadIdx.x;
@@ -190,6 +191,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock<kThreads>, kBlocksOfSm<kThread
 // Any row, element by element, read again in each pass.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreadsOfBlock<kThreads>) any_row_kernel(const RowArguments with) {
+  follow_predecessor();
   const int64_t row = row_of_thread<kThreads>();
   if (row >= with.rows) return;
   const int thread = kThreads == 32 ? lane_index() : threadIdx.x;

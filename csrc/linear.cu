@@ -9,6 +9,7 @@ namespace vitq {
 // Adds the parts' sums; a thread finishes a run of 8 rows of one token.
 template <Epilogue kKind>
 __global__ void __launch_bounds__(128) finish_kernel(const GemmArguments with, const int32_t* partial, int parts) {
+  follow_predecessor();
   const int runs = (with.rows + kRun - 1) / kRun;
   const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
   const int token = static_cast<int>(index / runs), row = static_cast<int>(index % runs) * kRun;

@@ -15,16 +15,22 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// A launch is written once for both builds.
-#define VITQ_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-  kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
-
 namespace vitq {
 
 __device__ __forceinline__ unsigned lane_index() { return threadIdx.x & 31; }
 
 // The same in all lanes, and known to be: what depends on it stays free of divergence.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
+
+// 9.7.13.14 griddepcontrol, of Hopper and later: until every kernel in front of this one has completed and what it wrote is
+// visible; then the next kernel's blocks may start, and wait here in their turn. Nothing that another kernel writes may be
+// read before, and nothing written that another reads (launch.cuh). Because the next kernel is let in only after the
+// wait, what it finds before its own is complete, but for what this kernel writes.
+__device__ __forceinline__ void follow_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // 9.7.13.1 barrier.sync: all warps of the block, whose memory accesses before it are then visible. What __syncthreads()
 // compiles to, but warps may meet it in different places of the code: those of a tile decode different widths.

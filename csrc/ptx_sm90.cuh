@@ -18,21 +18,6 @@ namespace vitq {
 using TensorMap = CUtensorMap;
 #define VITQ_TENSOR_MAP const __grid_constant__ vitq::TensorMap
 
-// A launch of blocks in clusters.
-template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, unsigned threads, size_t shared_bytes,
-                     cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute size{};
-  size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t how{};
-  how.gridDim = grid, how.blockDim = dim3(threads), how.dynamicSmemBytes = shared_bytes, how.stream = stream;
-  how.attrs = &size, how.numAttrs = 1;
-  cudaLaunchKernelEx(&how, kernel, arguments...);  // an error is the last one too: check_launch
-}
-#define VITQ_LAUNCH_CLUSTERS(kernel, cluster, grid, threads, shared_bytes, stream, ...) \
-  vitq::launch_clusters(kernel, cluster, grid, threads, shared_bytes, stream, __VA_ARGS__)
-
 // 9.7.13.15 mbarrier: a phase is complete when all arrivals have come and all bytes that they announced.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -150,6 +135,11 @@ __device__ __forceinline__ void copy_head_box(void* shared, const TensorMap& map
       "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(column), "r"(position), "r"(head), "r"(image), "r"(shared_address(barrier))
       : "memory");
+}
+
+// 9.7.9.15 prefetch: the map itself, which the first copy would wait for.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // 9.7.19.5 setmaxnreg: every warp of a warpgroup gives registers back, or takes them, until each thread has so many.

@@ -70,6 +70,7 @@ struct QuantizeArguments {
 // 8 neighbouring columns of a thread.
 template <class Source>
 __global__ void __launch_bounds__(32 * kWarps) quantize_kernel(const QuantizeArguments with, const Source source) {
+  follow_predecessor();
   const int column = (blockIdx.y * 32 + lane_index()) * kRunOfRow;
   const int64_t first = int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.x / 32 * kRowsOfThread;
   if (column >= with.cols || first >= with.rows) return;
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(32 * kWarps) quantize_kernel(const QuantizeArg
 template <class Source>
 __global__ void __launch_bounds__(32 * kWarps)
     strided_quantize_kernel(const QuantizeArguments with, const Source source) {
+  follow_predecessor();
   const int column = blockIdx.y * (32 * kSingles) + lane_index();
   const int64_t first = int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.x / 32 * kRowsOfThread;
   if (column >= with.cols || first >= with.rows) return;

@@ -1,5 +1,7 @@
 #include "emulation/execution.h"
 
+#include "emulation/predecessor.h"
+
 #include <ucontext.h>
 
 #include <algorithm>
@@ -21,9 +23,17 @@ namespace vitq::emulation {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;  // the largest kernel's frame under the sanitizers, with room
-constexpr unsigned char kGarbage = 0xCD;
 
-enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kAtClusterBarrier, kAtMbarrier, kDone };
+enum class State {
+  kReady,
+  kAtCollective,
+  kAtBarrier,
+  kAtNamedBarrier,
+  kAtClusterBarrier,
+  kAtMbarrier,
+  kAtPredecessor,
+  kDone
+};
 
 constexpr unsigned kWarpgroup = 128;
 constexpr unsigned kNamedBarriers = 16;
@@ -87,6 +97,8 @@ std::mt19937_64 random_bits(1);
 Faults planted;
 std::set<int> barrier_lines;
 Stacks stacks;
+
+Predecessor predecessor;
 
 class Block {
  public:
@@ -155,6 +167,7 @@ struct Cluster {
   void run();
   void deliver();  // one of the copies
   bool open_barriers();
+  bool let_follow();  // completes the kernel in front, if any thread waits for it
 };
 Cluster* cluster = nullptr;
 Block* current = nullptr;
@@ -338,6 +351,21 @@ bool Cluster::open_barriers() {
   return true;
 }
 
+bool Cluster::let_follow() {
+  bool waited = false;
+  for (const auto& block : blocks) {
+    for (Thread& thread : block->threads()) {
+      if (thread.state != State::kAtPredecessor) continue;
+      thread.state = State::kReady;
+      waited = true;
+    }
+  }
+  if (waited && predecessor.complete()) {
+    throw std::runtime_error("emulation: written to while the kernel in front still runs");
+  }
+  return waited;
+}
+
 void Cluster::run() {
   std::vector<std::pair<Block*, size_t>> warps;
   for (const auto& block : blocks) {
@@ -362,7 +390,7 @@ void Cluster::run() {
     if (ran) continue;
     if (!arrivals.empty()) {
       deliver();
-    } else if (!open_barriers()) {
+    } else if (!open_barriers() && !let_follow()) {
       for (const auto& block : blocks) {
         for (const Thread& thread : block->threads()) {
           if (thread.state == State::kDone) continue;
@@ -419,8 +447,15 @@ void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::functio
       together.blocks.push_back(std::make_unique<Block>(index, grid, threads, shared_bytes, kernel, rank));
     }
     cluster = &together;
-    together.run();
+    predecessor.begin();
+    try {
+      together.run();
+    } catch (...) {
+      predecessor.complete();
+      throw;
+    }
     cluster = nullptr, current = nullptr;
+    if (predecessor.complete()) throw std::runtime_error("emulation: no thread waited for the kernel in front");
   }
 }
 
@@ -431,6 +466,12 @@ void* place_in_block(void* shared, unsigned rank) {
   if (is_done(cluster->blocks.at(rank)->threads()))
     throw std::runtime_error("emulation: memory of a block that has ended");
   return cluster->blocks[rank]->shared() + (static_cast<unsigned char*>(shared) - current->shared());
+}
+
+void withhold(std::vector<Range> ranges) { predecessor.own(std::move(ranges)); }
+
+void follow_predecessor() {
+  if (predecessor.runs() && !planted.no_following) current->stop_at(State::kAtPredecessor);
 }
 
 void read_of_cluster(void* to, const void* from, size_t bytes) {

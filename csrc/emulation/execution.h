@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -95,6 +96,15 @@ void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid
 void commit_copies();
 void wait_copies(unsigned pending_groups);
 
+// Programmatic dependent launch: memory of the kernel in front, which completes as late as it can. Until then, in every
+// cluster that runs, it is garbage; a write to it before then is an error. Empty: everything in front has completed.
+struct Range {
+  unsigned char* data;
+  size_t bytes;
+};
+void withhold(std::vector<Range> ranges);
+void follow_predecessor();
+
 // Faults for the tests of the emulation itself: each makes correct source behave as source with that mistake would.
 struct Faults {
   int skipped_barrier = 0;        // line of a barrier, or of a wait for an mbarrier, that is not there
@@ -105,6 +115,7 @@ struct Faults {
   bool no_proxy_fence = false;    // fence.proxy.async is not there
   bool no_swizzle = false;        // bulk tensor copies lay rows out one after another
   bool wrong_parity = false;      // waits for an mbarrier ask for the other phase
+  bool no_following = false;      // griddepcontrol.wait is not there
 };
 Faults& faults();
 // Lines of the barriers and waits that the last launches met, ascending; reset by reading.

@@ -12,6 +12,8 @@
 
 namespace vitq {
 
+inline void follow_predecessor() { emulation::follow_predecessor(); }
+
 inline unsigned lane_index() { return emulation::lane(); }
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline unsigned char* shared_memory() { return emulation::shared_memory_of_block(); }

@@ -108,6 +108,8 @@ inline void copy_head_box(void* shared, const TensorMap& map, int column, int po
 inline void store_for_wgmma(void* shared, uint32_t word) { emulation::store_for_async_proxy(shared, word); }
 inline void fence_async_proxy() { emulation::fence_async_proxy(); }
 
+inline void prefetch_map(const TensorMap&) {}
+
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>

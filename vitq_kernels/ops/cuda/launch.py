@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitq_kernels.ops.backends import BackendUnavailableError
 from vitq_kernels.ops.cuda.extension import module
@@ -31,6 +33,32 @@ def _gpu(index: int) -> Gpu:
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's elements begin; None is a null pointer."""
     return None if tensor is None else tensor.data_ptr()
+
+
+_launched = WeakTensorKeyDictionary()  # tensors that a launch was given, at which version
+
+
+def is_settled(tensor: Tensor) -> bool:
+    """Whether an earlier launch was given a tensor as it is now; this one is noted.
+
+    A kernel may then read it while the kernel in front still runs (csrc/launch.cuh): what wrote the tensor came before
+    the earlier launch, which waited for it. Writes that torch does not count, to ``tensor.data``, are not seen.
+    """
+    if tensor.is_inference():  # counts no writes
+        return False
+    known = _launched.get(tensor) == tensor._version
+    _launched[tensor] = tensor._version
+    return known
+
+
+@contextlib.contextmanager
+def early_starts(allowed: bool) -> Iterator[None]:
+    """Whether kernels launched inside the ``with`` block may start while the one in front ends, where the GPU can."""
+    before = module().set_early_starts(allowed)
+    try:
+        yield
+    finally:
+        module().set_early_starts(before)
 
 
 def refuse(op: str, like: Tensor, why: str) -> NoReturn:

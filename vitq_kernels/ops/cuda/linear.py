@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq_kernels.ops.cuda.extension import module
-from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, launch, pointer
+from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, is_settled, launch, pointer
 from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Problem, choose
 from vitq_kernels.ops.mma_fragments import STEP_COLS, MmaFragments
 
@@ -125,8 +125,9 @@ def _linear(
         DTYPES.get(out_dtype, 0),
     )
     steps = -(-k // STEP_COLS)
+    settled = all([is_settled(w.chunks), is_settled(w.groups)])  # both are noted
     arranged = module().LinearWeight(
-        *map(pointer, (w.chunks, w.groups, w.order if ordered else None)), w.groups.shape[0], steps, widest
+        *map(pointer, (w.chunks, w.groups, w.order if ordered else None)), w.groups.shape[0], steps, widest, settled
     )
     sizes = (m, n, k)
     launch(
