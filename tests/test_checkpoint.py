@@ -276,7 +276,7 @@ UNSAVEABLE = {
     "float": (small_vit, "save: model must come from vitq_kernels.quantize or load, got VisionTransformer"),
     "replaced": (lambda: replace_linears(small_vit()), "save: model must come from vitq_kernels.quantize or load"),
     "partly-float": (partly_float, "save: every part of the model must be integer, got one with parts left in float"),
-    "another-head": (with_another_head, r"save: timm's VisionTransformer must rebuild .*; head\.bias would be absent"),
+    "another-head": (with_another_head, r"save: VisionTransformer must rebuild .*; head\.bias would be absent"),
     "no-norm-bias": (without_norm_bias, r"save: .*; norm\.bias would be \(32,\), is absent"),
 }
 

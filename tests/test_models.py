@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,6 +23,8 @@ from tests.numerics import assert_bitwise_equal
 from tests.small_vits import small_vit, variant_images, variant_vit
 from vitq_kernels.models import UnsupportedModelError, build_model, model_config, model_parts, model_sites
 from vitq_kernels.spec import Site
+
+CHECKOUT = Path(__file__).parents[1]
 
 # --- sites --------------------------------------------------------------------------------------------------------
 
@@ -318,3 +323,16 @@ def test_blocks_of_two_gelus_cannot_be_described() -> None:
     assert [block.mlp.gelu for block in model_parts(model).blocks] == ["none", "tanh"]
     with pytest.raises(UnsupportedModelError, match="blocks must share one form of GELU"):
         model_config(model)
+
+
+def test_a_model_of_transformers_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "vitq_kernels.models.hf_vit", raising=False)
+    with pytest.raises(ImportError, match=r"ViTModel needs Hugging Face transformers: pip install"):
+        build_model({"class": "ViTModel"})
+
+
+def test_importing_the_package_imports_no_transformers() -> None:
+    code = "import sys, vitq_kernels.cli; print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)
+    assert out.stdout == "False\n"

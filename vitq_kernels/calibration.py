@@ -76,14 +76,16 @@ class Calibrator:
     ::
 
         with Calibrator(model) as calibrator:
-            model(images)
+            calibrator.model(images)
         stats = calibrator.stats()
 
-    The model comes back untouched: hooks go with the context, also on an exception; weights are only read.
+    ``calibrator.model`` is the model, or the twin of one of transformers (``model_parts``). The model comes back
+    untouched: hooks go with the context, also on an exception; weights are only read.
     """
 
     def __init__(self, model: nn.Module, *, expected_images: int = 64, seed: int = 0) -> None:
         self.parts = model_parts(model)
+        self.model = self.parts.model
         self.seen = 0
         self._keep = max(1, SAMPLE_TOKENS // max(1, expected_images))  # tokens of an image
         self._generator = torch.Generator().manual_seed(seed)
@@ -228,7 +230,7 @@ def calibrate(
     total = sum(len(b) for b in batches)
     with Calibrator(model, expected_images=total, seed=seed) as calibrator:
         for batch in batches:
-            model(batch)
+            calibrator.model(batch)
             if progress:
                 progress(calibrator.seen, total)
     return calibrator.stats()
@@ -255,7 +257,7 @@ def input_covariances(
         handles.append(module.register_forward_pre_hook(hook))
     try:
         for batch in batches:
-            model(batch)
+            parts.model(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -57,7 +57,7 @@ def _check_rebuilds(record: Quantization, tensors: dict[str, Tensor]) -> None:
     for name in sorted(shapes.keys() | wanted.keys()):
         if shapes.get(name) != wanted.get(name):
             raise ValueError(
-                f"save: timm's {record.model_config['class']} must rebuild the model from its constructor's arguments; "
+                f"save: {record.model_config['class']} must rebuild the model from its constructor's arguments; "
                 f"{name} would be {wanted.get(name, 'absent')}, is {shapes.get(name, 'absent')}"
             )
 

@@ -25,7 +25,7 @@ from vitq_kernels.compare_jobs import Job, plan_jobs
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
 from vitq_kernels.convert import quantize
 from vitq_kernels.distributed import from_first, in_order
-from vitq_kernels.models import model_sites
+from vitq_kernels.models import answer, model_sites
 from vitq_kernels.planning import allocate, measure_errors
 from vitq_kernels.presets import simulate
 from vitq_kernels.relevance import relevance
@@ -231,10 +231,10 @@ class _Bench:
         """Logits float32 [n, classes] on the CPU, and labels int64 [n] where all images have one."""
         model.eval()
 
-        def answer(batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-            return model(batch[0].to(self.device)).float().cpu(), batch[1]
+        def logits_of(batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+            return answer(model, batch[0].to(self.device)).float().cpu(), batch[1]
 
-        logits, labels = zip(*in_order(self.batches, answer), strict=True)
+        logits, labels = zip(*in_order(self.batches, logits_of), strict=True)
         result = torch.cat(logits)
         if not bool(torch.isfinite(result).all()):
             raise ValueError("the model answers NaN or Inf")

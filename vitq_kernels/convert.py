@@ -79,18 +79,19 @@ def quantize(
     model.eval()
     try:
         stats = stats or calibrate(model, batches)
-        result = copy.deepcopy(model).requires_grad_(False)
+        converted = model_parts(copy.deepcopy(model).requires_grad_(False))
     finally:
         for module in training:
             module.training = True
     if unseen := [site.name for site in sites if site.has_weight and site.name not in stats.inputs]:
         raise ValueError(f"stats do not fit the model: nothing was seen of {unseen[:3]}")
+    result = converted.model
     result.quantization = Quantization(
-        model_config(model) if not parts.left_in_float else None,
+        model_config(model) if parts.float_is_described or not parts.left_in_float else None,
         allocation,
         sites,
     )
-    converter = Converter(model_parts(result), stats, allocation, config, batches)
+    converter = Converter(converted, stats, allocation, config, batches)
     return _convert(result, converter, len(sites), progress).eval()
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitq_kernels.distributed import in_order, world_size
+from vitq_kernels.models import answer
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ def evaluate(
     def measure(batch: tuple[Tensor, Tensor | None]) -> tuple[_Counts, float]:
         x = batch[0].to(device)
         start = time.perf_counter()
-        logits = model(x).float()
+        logits = answer(model, x).float()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
-        reference = None if float_model is None else float_model(x).float()
+        reference = None if float_model is None else answer(float_model, x).float()
         return _counts(logits, reference, batch[1]), seconds
 
     total = _Counts()

@@ -156,7 +156,7 @@ def relevance(
         chosen = labels.split([len(batch) for batch in batches])
     done = 0
     # A caller's no_grad, inference_mode or autocast must not reach the pass; inference_mode(False) also ends no_grad.
-    with _eval_mode(model), torch.inference_mode(False), torch.autocast(weight.device.type, enabled=False):
+    with _eval_mode(parts.model), torch.inference_mode(False), torch.autocast(weight.device.type, enabled=False):
         totals = _Totals(sites, tokens)
         for size, part in in_order(list(zip(batches, chosen, strict=True)), attribute):
             totals.merge(part)

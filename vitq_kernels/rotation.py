@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.models import ModelParts, UnsupportedModelError, model_parts
+from vitq_kernels.models.vit import VitParts
 
 EXACT_POOLS = ("token", "avg", "")  # linear in the tokens, the same for every channel
 
@@ -42,6 +43,8 @@ def rotate(model: nn.Module, seed: int = 0) -> nn.Module:
         raise UnsupportedModelError(
             f"rotate: model must have one residual stream from end to end, got a {type(model).__name__}"
         )
+    if not isinstance(parts, VitParts):
+        raise UnsupportedModelError(f"rotate: model must be a timm VisionTransformer, got {type(model).__name__}")
     final_norm = _final_norm(parts)
     rotation = mean_keeping_rotation(parts.patch_proj.out_channels, seed).to(parts.patch_proj.weight.device)
     for tokens in result.parameters(recurse=False):  # class, distillation and register tokens, positions: [1, T, C]

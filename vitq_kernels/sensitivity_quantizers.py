@@ -93,7 +93,7 @@ class SiteQuantizers:
         self.covariances = {} if part == "activation" else input_covariances(model, batches)
         self.histograms: dict[str, LevelHistogram] = {}
         if part != "weight" and config.gelu_levels:
-            self._watch_gelu(model, batches)
+            self._watch_gelu(batches)
 
     def form(self, site: Site, bits: int | None) -> SiteForm:
         """Of the part that is looked at; ``bits`` None for float. The other part stays as it is in float."""
@@ -120,7 +120,7 @@ class SiteQuantizers:
         exponent = config.exponent(site.kind, bits)
         return affine_quantizer(*self.stats.inputs[site.name].choose(bits, config), bits, exponent)
 
-    def _watch_gelu(self, model: nn.Module, batches: list[Tensor]) -> None:
+    def _watch_gelu(self, batches: list[Tensor]) -> None:
         """Histograms of what enters every fc2, as conversion makes them of its own stream."""
         handles = []
         for block in self.parts.blocks:
@@ -143,7 +143,7 @@ class SiteQuantizers:
         try:
             with torch.no_grad():
                 for batch in batches:
-                    model(batch)
+                    self.parts.model(batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitq_kernels.calibration import image_batches
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.distributed import in_order
-from vitq_kernels.models import model_parts
+from vitq_kernels.models import answer, model_parts
 from vitq_kernels.sensitivity import Part, Sensitivity, check_candidates
 from vitq_kernels.sensitivity_cache import Changes, MeasurementCache, fingerprint
 from vitq_kernels.sensitivity_quantizers import SiteForm, SiteQuantizers
@@ -154,7 +154,7 @@ class _Bench:
         parts = model_parts(model)
         self.sites = {site.name: site for site in parts.sites}
         self.step_of = {site.name: i for i, step in enumerate(parts.steps) for site in step.sites}
-        self.reference = [self.model(batch).double().log_softmax(-1) for batch in batches]
+        self.reference = [answer(self.model, batch).double().log_softmax(-1) for batch in batches]
         self.quantizers = SiteQuantizers(model, batches, part, config)
         self.baseline: dict[str, SiteForm] = {}
         for name, site in self.sites.items():

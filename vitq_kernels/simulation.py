@@ -110,8 +110,8 @@ def simulated(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: a part of the model has no integer form and so no sites.
     """
-    result = copy.deepcopy(model).requires_grad_(False).eval()
-    parts = model_parts(result, strict=True)
+    parts = model_parts(copy.deepcopy(model).requires_grad_(False).eval(), strict=True)
+    result = parts.model
     result.set_submodule(parts.patch_name, SimulatedPatchEmbed(parts.patch_proj))
     for block in parts.blocks:
         attn = block.attn

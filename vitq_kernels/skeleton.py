@@ -34,7 +34,7 @@ def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Con
         allocation: the widths.
         tensors: names of the tensors that will fill it: those of levels say which fc1 have some.
     """
-    parts = model_parts(model, strict=True)
+    parts = model_parts(model)
     bits = allocation.sites
     site = bits[parts.patch_name]
     conv = parts.patch_proj

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,9 @@ class ModelParts(ABC):
 
     Tokens are [B, S, C], or a map [B, H, W, C]. Every step is the module of its name, called with the tokens alone.
     """
+
+    # Whether the family's ``describe`` tells what is in ``left_in_float`` too, so that a checkpoint can hold it.
+    float_is_described: ClassVar[bool] = False
 
     model: nn.Module
     patch_name: str  # of the patch convolution's module and site

@@ -87,9 +87,9 @@ def cut(model: VisionTransformer) -> VitParts:
     prefix = int(model.num_prefix_tokens)
     steps: list[Step] = []
     for index, block in enumerate(model.blocks):
-        name, reason = f"blocks.{index}", _why_unsupported(block)
+        name, reason = f"blocks.{index}", why_no_block(block)
         if reason is None:
-            steps.append(_block_parts(name, block, patches + prefix))
+            steps.append(block_parts(name, block, patches + prefix))
         else:
             steps.append(FloatStep(name))
             left[name] = reason
@@ -98,7 +98,7 @@ def cut(model: VisionTransformer) -> VitParts:
     return VitParts(model, "patch_embed.proj", conv, patches, tuple(steps), heads, left | others, prefix, reads)
 
 
-def _why_unsupported(block: nn.Module) -> str | None:
+def why_no_block(block: nn.Module) -> str | None:
     """The first feature of a block that the integer kernels lack, or None."""
     if type(block) is not Block:
         return f"block type {type(block).__name__}"
@@ -116,7 +116,8 @@ def _why_unsupported(block: nn.Module) -> str | None:
     return why_no_mlp(block.mlp) or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
 
 
-def _block_parts(name: str, block: Block, tokens: int) -> BlockParts:
+def block_parts(name: str, block: Block, tokens: int) -> BlockParts:
+    """Of a block of which ``why_no_block`` has nothing to say."""
     attn = block.attn
     head_dim = attn.qkv.out_features // (3 * attn.num_heads)
     return BlockParts(

@@ -181,6 +181,8 @@ class QuantPatchEmbed(nn.Module):
         self.linear = linear  # float patches in, real out
         self.patch_size = patch_size
         self.in_channels = linear.in_features // math.prod(patch_size)  # as the convolution has it
+        # Empty. Models of transformers read the dtype of the convolution's weight to bring images to it.
+        self.register_buffer("weight", torch.empty(0, device="cpu"), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Float [B, C, H, W] to float [B, N, H // ph, W // pw]; rows and columns short of a patch are dropped."""

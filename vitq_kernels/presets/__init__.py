@@ -92,6 +92,9 @@ def simulate(
     if allocation is None:
         allocation = published_widths(sites, weight_bits, activation_bits)  # type: ignore[arg-type]
     allocation.check(sites)
+    if not all(block.name.startswith("blocks.") for block in model_parts(model).blocks):
+        name = type(model).__name__
+        raise UnsupportedModelError(f"simulate: model must be a timm VisionTransformer, as the papers' are, got {name}")
     result = simulated(model)
     device = next(result.parameters()).device
     used = images[: preset.calibration_images].to(device)
