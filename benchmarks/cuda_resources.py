@@ -39,7 +39,7 @@ def launch_of(kernel: str) -> tuple[int, int]:
         size, wgmma = (int(tile.group(3)), int(tile.group(4))), tile.group(1) == "wgmma"
         found: Tile = next(t for t in TILES if (t.rows, t.tokens, t.wgmma) == (*size, wgmma))
         return found.threads, found.shared_bytes(4 if tile.group(2) == "s4" else 8)
-    attention = re.match(r"attention_kernel<(\d), (\d)>", kernel)
+    attention = re.match(r"(?:window_)?attention_kernel<(\d), (\d)>", kernel)
     if attention:
         return 128, 3 * 64 * 32 * int(attention.group(1)) + 256  # two stages of keys, one of values, the levels
     hopper = re.match(r"attention_wgmma_kernel<(\d+), (\d+), (\w+)>", kernel)

@@ -63,10 +63,14 @@ PYBIND11_MODULE(_cuda, module) {
       .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t query, int64_t key) {
         return vitq::AttentionBias{reinterpret_cast<const int32_t*>(data), batch, head, query, key};
       }));
+  using Address = std::optional<uintptr_t>;
+  py::class_<vitq::AttentionWindows>(module, "AttentionWindows", py::module_local())
+      .def(py::init([](Address tokens, Address pattern, int count) {
+        return vitq::AttentionWindows{at<const int32_t>(tokens), at<const int32_t>(pattern), count};
+      }));
   define(module, "attention", &vitq::attention);
   define(module, "attention_sm90", &vitq::attention_sm90);
   module.def("attention_sm90_takes", &vitq::attention_sm90_takes);
-  using Address = std::optional<uintptr_t>;
   py::class_<vitq::LinearWeight>(module, "LinearWeight", py::module_local())
       .def(py::init(
           [](Address chunks, Address groups, Address order, int group_count, int steps, int widest, bool settled) {

@@ -38,7 +38,8 @@ void layernorm(const void* x, int dtype, const void* residual, void* y, const fl
 // contiguous, zero from dim on; all multiples of 16) to codes int8 [batch, sequence, heads * dim], contiguous. kappa
 // float32 [heads], levels uint8 [heads, level_count], multiplier float32 [heads, dim], zero_point int32 [heads, dim];
 // bias_q int32 by strides in elements of batch, head, query and key (0 where it broadcasts), or null; inv_tau float32
-// [heads], or null.
+// [heads], or null. With windows a sequence is one of them, the tokens of an image are count * sequence, and the batch of
+// bias_q is the patterns.
 struct AttentionOperand {
   const int8_t* data;
   int64_t batch, head, position;
@@ -47,10 +48,15 @@ struct AttentionBias {
   const int32_t* data;
   int64_t batch, head, query, key;
 };
+struct AttentionWindows {
+  const int32_t* tokens;   // [count, sequence], the token at each place; null: a sequence is an image
+  const int32_t* pattern;  // [count], the bias that a window takes; null: the first
+  int count;
+};
 void attention(AttentionOperand q, AttentionOperand k, AttentionOperand v, const float* kappa, const uint8_t* levels,
                int level_count, const float* multiplier, const int32_t* zero_point, AttentionBias bias_q,
-               const float* inv_tau, int8_t* out, int batch, int heads, int sequence, int dim, int padded_dim, int bits,
-               cudaStream_t stream);
+               const float* inv_tau, AttentionWindows windows, int8_t* out, int batch, int heads, int sequence, int dim,
+               int padded_dim, int bits, cudaStream_t stream);
 
 // The same on wgmma (attention_sm90.cu, for sm_90a alone), without bias and inv_tau, for the dims and lengths that it takes;
 // multiplier and zero_point lie at multiples of 16 bytes.

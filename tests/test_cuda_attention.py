@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conformance import Case
 from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, codes, integers, uniform
+from tests.op_cases import window_case
 from vitq_kernels.ops import BackendUnavailableError, reference
 from vitq_kernels.ops.cuda.attention import attention
 from vitq_kernels.ops.cuda.extension import module
@@ -94,10 +96,50 @@ def test_ties_round_to_even(cuda: BackendCase) -> None:
 
 @pytest.mark.parametrize(("s", "d", "message"), [(2, 129, "head dims up to 128, got 129"), (4097, 16, "4096 tokens")])
 def test_sizes_beyond_the_kernel_are_named(emulated: BackendCase, s: int, d: int, message: str) -> None:
+    refused(s, d, message)
+
+
+@pytest.mark.parametrize(
+    ("s", "d", "message"), [(2, 65, "head dims up to 64 inside windows, got 65"), (4097, 16, "4096 tokens")]
+)
+def test_windows_beyond_the_kernel_are_named(emulated: BackendCase, s: int, d: int, message: str) -> None:
+    refused(s, d, message, torch.arange(s, dtype=torch.int32).view(1, s))
+
+
+def refused(s: int, d: int, message: str, windows: Tensor | None = None) -> None:
     q = torch.zeros(1, 1, s, d, dtype=torch.int8)
     vectors = (torch.ones(1), torch.full((1, 4), 255, dtype=torch.uint8), torch.ones(1, d))
     with pytest.raises(BackendUnavailableError, match=rf"^vitq::attention on cpu: backend cuda takes .*{message}"):
-        attention(q, q, q, *vectors, torch.zeros(1, d, dtype=torch.int32), None, None, 8)
+        attention(q, q, q, *vectors, torch.zeros(1, d, dtype=torch.int32), None, None, 8, windows)
+
+
+# Swin's windows and more: one tile of keys to several, every way through the kernel, whole and ragged tiles.
+WINDOWED = [
+    window_case(2, 3, (14, 14, 7, 3), 32, "patterns"),
+    window_case(1, 2, (16, 8, 8, 4), 32, "heads", "extreme", normalised=True),
+    window_case(1, 1, (12, 24, 12, 6), 32, "patterns", "one_sided"),
+    window_case(1, 1, (16, 16, 16, 0), 32, "one", "largest", 8),
+    window_case(1, 1, (2, 576, 0, 0), 32, "patterns", normalised=True),
+    window_case(1, 2, (3, 129, 0, 0), 24, "none", "counting"),
+    window_case(2, 1, (5, 50, 0, 0), 64, "patterns", log2_bits=3),
+    window_case(1, 1, (3, 90, 0, 0), 48, "one", normalised=True),
+    window_case(1, 1, (2, 300, 0, 0), 64, "none", "extreme"),
+    window_case(2, 1, (70, 1, 0, 0), 5, "patterns"),
+]
+
+
+@pytest.mark.parametrize("case", WINDOWED, ids=lambda case: case.label)
+def test_windows(cuda: BackendCase, case: Case) -> None:
+    check(case.arguments, cuda.device)
+
+
+def test_windows_of_views_of_a_fused_qkv(cuda: BackendCase) -> None:
+    given = dict(WINDOWED[0].arguments)
+    fused = torch.stack([given[name].transpose(1, 2) for name in "qkv"], 2).to(cuda.device)
+    q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
+    assert q.stride() == (196 * 9 * 32, 32, 9 * 32, 1)  # read where it lies
+    moved = {name: t.to(cuda.device) if isinstance(t, Tensor) else t for name, t in given.items()}
+    assert_bitwise_equal(attention(**moved | {"q": q, "k": k, "v": v}).cpu(), reference.attention(**given))
 
 
 def fails_under_some_seed(given: dict[str, Any], seeds: int = 12) -> bool:
@@ -135,3 +177,5 @@ def test_any_schedule_gives_the_same(planted: Any, seed: int) -> None:
     planted.set_seed(seed)
     for s in (130, 290):
         check(arguments(s, 80, normalised=seed % 2 == 0, kind="extreme"), "cpu")
+    for case in WINDOWED[:2]:
+        check(case.arguments, "cpu")

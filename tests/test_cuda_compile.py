@@ -85,7 +85,12 @@ def compiled(binary: Path) -> Callable[[str], list[Kernel]]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_spills(binary: Path, arch: str) -> None:
     found = resources(binary, arch)
-    assert {"attention_kernel<2, 4>", "gemm_kernel<codes, s8, 256x128>", "row_kernel<32, 3>"} <= found.keys()
+    assert {
+        "attention_kernel<2, 4>",
+        "window_attention_kernel<1, 1>",
+        "gemm_kernel<codes, s8, 256x128>",
+        "row_kernel<32, 3>",
+    } <= found.keys()
     of_wgmma = sum(tile.wgmma for tile in TILES)
     assert len([name for name in found if name.startswith("gemm_kernel")]) == 4 * 2 * (len(TILES) - of_wgmma)
     assert len([name for name in found if name.startswith("wgmma_kernel")]) == 3 * of_wgmma  # no partial sums
@@ -173,7 +178,7 @@ def test_kernels_are_what_they_are_meant_to_be(compiled: Callable[[str], list[Ke
             both = {f"IGMMA.64x{keys}x32.S8.S8", f"IGMMA.64x{dim}x32.U8.S8"}
             assert products == (both if arch == "sm_90a" else set()), kernel.name
             assert count(kernel.instructions)["STG.128"] >= (dim == "64") * (arch == "sm_90a"), kernel.name
-        elif kernel.name.startswith("attention_kernel"):
+        elif kernel.name.startswith(("attention_kernel", "window_attention_kernel")):
             assert products == {"IMMA.16832.S8.S8", "IMMA.16832.U8.S8"}, kernel.name
         elif "s4" in kernel.name:
             assert products == (set() if arch == "sm_90a" else {"IMMA.16864.S4.S4"}), kernel.name
@@ -243,7 +248,7 @@ def test_the_ways_out_of_a_kernel_are_told_apart() -> None:
     assert [i.name for i in reordered] == ["BRA", "STS", "BAR.SYNC", "BRA", "EXIT"]
 
 
-# --- bank conflicts, by the addresses of csrc/gemm_sm80.cuh (token_offset) and csrc/attention_sm80.cu (swizzled) -----
+# --- bank conflicts, by the addresses of csrc/gemm_sm80.cuh (token_offset) and csrc/attention_rows.cuh (swizzled) -----
 
 
 def token_offset(token: int, chunk: int) -> int:

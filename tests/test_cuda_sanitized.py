@@ -52,7 +52,7 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     [
         ["tests/test_ops.py", "-k", "cuda-emulated and values"],
         ["tests/test_cuda_linear.py"],
-        ["tests/test_cuda_attention.py", "-k", "(head_dim and (33 or 64 or 72)) or barrier"],
+        ["tests/test_cuda_attention.py", "-k", "(head_dim and (33 or 64 or 72)) or barrier or window"],
         ["tests/test_cuda_rows.py", "-k", "not 16000 and not 8200"],
     ],
     ids=["ops", "linear", "attention", "rows"],
