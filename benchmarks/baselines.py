@@ -84,10 +84,10 @@ def unfused_per_token(x: Tensor, weight: Tensor, multiplier: Tensor, bias: Tenso
     return torch.addcmul(bias, int_mm(codes, weight) * scale, multiplier).to(x.dtype)
 
 
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """One fused attention of torch's."""
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @cache

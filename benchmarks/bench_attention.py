@@ -1,4 +1,4 @@
-"""Log2 attention of ViTs beside torch's fused attentions.
+"""Log2 attention of ViTs and Swins beside torch's fused attentions.
 
 python -m pytest benchmarks/bench_attention.py --benchmark-enable -k "DeiT-B and b8" [--record]
 """

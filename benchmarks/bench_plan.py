@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase
 from benchmarks.row_cases import PatchCase, RowCase
-from benchmarks.vit_shapes import BATCHES, CHANNELS_IN, CLASSES, MLP_RATIO, VITS, ViTShape
+from benchmarks.vit_shapes import BATCHES, CHANNELS_IN, CLASSES, MLP_RATIO, STAGES, SWINS, VITS, ViTShape
+from benchmarks.window_cases import swin_case
 from vitq_kernels.spec import MAX_BITS, MIN_BITS
 
 WIDTHS = (*((bits,) for bits in range(MAX_BITS, MIN_BITS - 1, -1)), MIXED)  # of weights
@@ -65,13 +66,17 @@ def linear_plan() -> Iterator[Planned]:
 
 
 def attention_plan() -> Iterator[Planned]:
-    """Every model's attention, with softmax codes of several widths."""
+    """Every model's attention, with softmax codes of several widths, and Swins' inside windows."""
     for vit in VITS:
         for batch in BATCHES:
             for bits in SOFTMAX_BITS:
                 for data in DATA:
                     case = AttentionCase(batch, vit.tokens, vit.heads, vit.head_dim, data=data, softmax_bits=bits)
                     yield Planned(vit.name, case)
+    for swin in SWINS:
+        for batch in BATCHES:
+            for stage in STAGES:
+                yield Planned(swin.name, swin_case(swin, batch, stage))
 
 
 def row_plan() -> Iterator[Planned]:

@@ -19,6 +19,7 @@ from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase
 from benchmarks.kernel_targets import FOUR_BIT, four_bit, tile_choice
 from benchmarks.microbench import Row, Timer, Timing, rotated, select, speedups
 from benchmarks.row_cases import RowCase
+from benchmarks.window_cases import window_cases
 from vitq_kernels.ops import use_backend
 from vitq_kernels.roofline import Peaks
 
@@ -56,6 +57,7 @@ def plan(with_4bit_products: bool = False) -> list[AnyCase]:
         if with_4bit_products:
             cases += linear_cases(batch, data=FOUR_BIT, widths=((4,),))
         cases += [AttentionCase(batch, s, HEADS, CHANNELS // HEADS) for s in (197, 577)]
+        cases += window_cases(batch)
         cases += [RowCase(op, batch, batch * TOKENS, CHANNELS) for op in ("layernorm", "quantize")]
         if batch == BATCHES[0]:
             cases += linear_cases(batch, data="gaussian")

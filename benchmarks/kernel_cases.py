@@ -156,6 +156,11 @@ class AttentionCase:
     softmax_bits: int = 4
 
     @property
+    def tokens(self) -> int:
+        """Of an image."""
+        return self.s
+
+    @property
     def case(self) -> str:
         """Its name."""
         return f"S={self.s}" if self.softmax_bits == 4 else f"S={self.s}, softmax {self.softmax_bits} bits"
@@ -174,7 +179,7 @@ class AttentionCase:
     def build(self, device: str) -> Built:
         """Arguments by seed; codes of the softmax fill their range."""
         generator, (h, d) = torch.Generator(device).manual_seed(SEED), (self.heads, self.head_dim)
-        qkv = _codes(self.data, (self.batch, self.s, 3, h, d), 8, generator)
+        qkv = _codes(self.data, (self.batch, self.tokens, 3, h, d), 8, generator)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         spread = 5 * math.sqrt(d) * 74.0**2  # of a row of scores; 74 is the deviation of uniform codes
         count, tau = 1 << self.softmax_bits, 2.0 ** (3 - self.softmax_bits)
@@ -190,6 +195,8 @@ class AttentionCase:
             "bias_q": None,
             "inv_tau": None,
             "bits": 8,
+            "windows": None,
+            "pattern": None,
         }
         return Built(self.op, self.case, arguments)
 

@@ -19,6 +19,7 @@ from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend, Layer, Tile
 from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import FOUR_BIT
+from benchmarks.window_cases import window_cases
 from tests.conformance import check_values, op_arguments, reference_call
 from tests.numerics import CODE_KINDS, assert_bitwise_equal, codes, integers, uniform
 from tests.op_cases import ALL_CASES, weight_codes, zero_points
@@ -61,7 +62,7 @@ REAL_FOUR_BIT = tuple(
     for n, k in ((3072, 768), (768, 3072))
     for widths in ((4,), (4, 2, 3))
 )
-REAL_ATTENTIONS = tuple(AttentionCase(2, s, 12, 64) for s in (197, 577, 1025))
+REAL_ATTENTIONS = (*(AttentionCase(2, s, 12, 64) for s in (197, 577, 1025)), *window_cases(2))
 
 
 def check_one(task: Task, backend: KernelBackend, device: str = "cuda") -> str:

@@ -33,6 +33,27 @@ class ViTShape:
         return self.channels // self.heads
 
 
+@dataclass(frozen=True)
+class SwinShape:
+    """A model whose attention is inside windows; of ``timm_name``, to which a test holds it."""
+
+    name: str
+    timm_name: str
+    channels: int  # of the first stage; every stage has twice those of the one before
+    window: int  # tokens a side
+    image: int = 224
+    patch: int = 4
+    head_dim: int = 32
+
+    def grid(self, stage: int) -> int:
+        """Tokens a side, from stage 0 on."""
+        return self.image // self.patch >> stage
+
+    def heads(self, stage: int) -> int:
+        """Heads of a stage."""
+        return (self.channels << stage) // self.head_dim
+
+
 VITS = (
     ViTShape("DeiT-T", "deit_tiny_patch16_224", 192, 3, 12),
     ViTShape("DeiT-S", "deit_small_patch16_224", 384, 6, 12),
@@ -40,3 +61,9 @@ VITS = (
     ViTShape("ViT-L", "vit_large_patch16_224", 1024, 16, 24),
     ViTShape("ViT-H", "vit_huge_patch14_224", 1280, 16, 32, patch=14),
 )
+SWINS = (
+    SwinShape("Swin-T", "swin_tiny_patch4_window7_224", 96, 7),
+    SwinShape("SwinV2-T", "swinv2_tiny_window8_256", 96, 8, 256),
+    SwinShape("Swin-B-384", "swin_base_patch4_window12_384", 128, 12, 384),
+)
+STAGES = (0, 2)  # with the most tokens, and with the most blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,22 @@ def test_the_work_of_our_attention() -> None:
     products = 2 * b * h * s * s * d
     moved = 4 * b * h * s * d + h * 4 + h * 16 + 2 * h * d * 4
     assert (label, work) == ("attention 3x5x8", Work(int8_ops=products, f16_ops=products, bytes=moved))
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["in place", "by name"])
+def test_the_work_of_our_attention_inside_windows(by_name: bool) -> None:
+    b, h, windows, s, d = 2, 3, 4, 5, 8
+    q, k, v = torch.zeros(b, windows * s, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4).unbind(0)
+    tables = (torch.ones(h), torch.zeros(h, 16, dtype=torch.uint8), torch.ones(h, d), torch.zeros(h, d).int())
+    bias, places = torch.zeros(2, h, s, s).int(), torch.arange(windows * s).int().view(windows, s)
+    arguments = {"windows": places, "pattern": torch.zeros(windows).int()}
+    given = (q, k, v, *tables, bias, None, 8)
+    attention = torch.ops.vitq.attention
+    calls = seen(partial(attention, **arguments), *given) if by_name else seen(attention, *given, *arguments.values())
+    ((label, work),) = calls
+    products = 2 * b * h * windows * s * s * d
+    moved = 4 * b * h * windows * s * d + h * 4 + h * 16 + 2 * h * d * 4 + 2 * h * s * s * 4 + windows * (s + 1) * 4
+    assert (label, work) == ("attention 3x4x5x8", Work(int8_ops=products, f16_ops=products, bytes=moved))
 
 
 @pytest.mark.parametrize(

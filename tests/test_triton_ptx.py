@@ -74,12 +74,12 @@ def execute(text: str, outputs: int, inputs: list[int], memory: Memory | None = 
 
 def test_all_fragments_are_known() -> None:
     found = {path.name: len(fragments(path.name)) for path in KERNELS.glob("*.py") if fragments(path.name)}
-    assert found == {"attention.py": 2}
+    assert found == {"attention_levels.py": 2}
 
 
 @pytest.mark.parametrize("shift", range(4))
 def test_bytes_become_halves(shift: int) -> None:
-    to_half = next(text for text in fragments("attention.py") if "f16x2" in text)
+    to_half = next(text for text in fragments("attention_levels.py") if "f16x2" in text)
     every = np.roll(np.arange(-128, 128, dtype=np.int8), shift)
     for four in every.reshape(-1, 4):
         word = int(four.copy().view("<u4")[0])
@@ -88,7 +88,7 @@ def test_bytes_become_halves(shift: int) -> None:
 
 
 def test_levels_are_gathered_and_are_halves_too() -> None:
-    gather = next(text for text in fragments("attention.py") if "ld.global" in text)
+    gather = next(text for text in fragments("attention_levels.py") if "ld.global" in text)
     base, bits = 0x7F00_1234_5678, 0x4B400000  # of 1.5 * 2^23, which every index carries
     table = np.roll(np.arange(256, dtype=np.uint8), 77)
 

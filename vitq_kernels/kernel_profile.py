@@ -36,7 +36,8 @@ KERNELS = 3  # names of the longest kernels of an op
 class ProfiledOp:
     """All calls of an op with the same sizes in a forward pass."""
 
-    op: str  # with its sizes: of a linear layer outputs x inputs, of attention heads x tokens x channels of a head
+    # With its sizes: of a linear layer outputs x inputs, of attention heads (x windows) x tokens x channels of a head.
+    op: str
     calls: int
     us: float  # of all calls: of their kernels on a GPU, of the ops on a CPU
     floor_us: float  # that the roofline asks for
@@ -201,9 +202,11 @@ def op_call(func: Any, args: Any, kwargs: Any, result: Any) -> _OpCall:
     ours = func.namespace == "vitq"
     if "attention" in name:
         b, h, s, d = args[0].shape
-        product = 2.0 * b * h * s * args[1].shape[-2] * d
+        windows = (*args[10:11], kwargs.get("windows"))[0] if ours else None
+        keys = args[1].shape[-2] if windows is None else windows.shape[1]
+        product = 2.0 * b * h * s * keys * d
         work = Work(int8_ops=product, f16_ops=product, bytes=moved) if ours else Work(f16_ops=2 * product, bytes=moved)
-        return _OpCall(f"{name} {h}x{s}x{d}", work)
+        return _OpCall(f"{name} {h}x{s if windows is None else f'{s // keys}x{keys}'}x{d}", work)
     ops = _products(func, args, kwargs, result)
     if not ops:
         return _OpCall(name, Work(bytes=moved))

@@ -1,7 +1,6 @@
 """S4, log2-quantized softmax attention: the whole key row in registers up to 256 tokens, two passes beyond.
 
-Levels enter the second product as they lie in the table: a byte L, zero-extended and read as a float16, is the
-subnormal ``L * 2^-24``, which tensor cores multiply exactly at full rate; 2^24 times the float32 sum is the integer.
+Codes and levels: ``attention_levels.py``.
 """
 
 from __future__ import annotations
@@ -10,18 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitq_kernels.ops import reference
 from vitq_kernels.ops.backends import BackendUnavailableError
-from vitq_kernels.ops.triton.launch import INTERPRETED as _INTERPRETED
+from vitq_kernels.ops.triton.attention_levels import LEVEL_UNIT, ROUND_BITS, float16_of, levels_of, offset_of
 from vitq_kernels.ops.triton.launch import device_of, launch
 from vitq_kernels.ops.triton.primitives import ROUND_TO_INTEGER, requantise
 from vitq_kernels.spec import QuantFormat
 
-INTERPRETED = tl.constexpr(_INTERPRETED)
-ROUND_BITS = tl.constexpr(0x4B400000)  # of ROUND_TO_INTEGER
-LEVEL_UNIT = tl.constexpr(16777216.0)  # 2^24: a level over its value as a float16
-TWO_OVER_LN2 = tl.constexpr(reference.TWO_OVER_LN2)
-LOG2_TERMS = tl.constexpr(reference.LOG2_TERMS)
 LARGEST_D = 256  # beyond, a block of k or v would not fit shared memory
 WHOLE_ROW = 256  # keys that a program can hold: 16 rows a warp are 128 registers a thread
 SLICE = 16  # key columns of which the compiler knows whether all, some or none are keys
@@ -36,26 +29,26 @@ def _tile(ptr, rows, stride, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 
 @triton.jit
-def _float16(v):
-    """int8 to float16: 0x6400 is 1024, its ulp 1. A pure one would be moved behind shared memory, read by bytes."""
-    if INTERPRETED:
-        return v.to(tl.float16)
-    return tl.inline_asm_elementwise(
-        "{.reg .b32 u, c; mov.b32 c, 0x64806480; xor.b32 u, $2, 0x80808080; prmt.b32 $0, u, 0x64646464, 0x4140;"
-        "prmt.b32 $1, u, 0x64646464, 0x4342; sub.rn.f16x2 $0, $0, c; sub.rn.f16x2 $1, $1, c;}",
-        "=&r,=&r,r", [v], dtype=tl.float16, is_pure=False, pack=4,
-    )  # fmt: skip
+def _tokens(windows, places, valid, WINDOWS: tl.constexpr):
+    """The tokens at places of a sequence; 0 where there is none."""
+    if WINDOWS:
+        return tl.load(windows + places, mask=valid, other=0)
+    return places
 
 
 @triton.jit
-def _scores(query, key, keys, valid, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _scores(
+    query, key, keys, valid,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
     """acc of S4 for a block of keys, int32 [rows, keys], and the maximum of each row."""
     q, q_tail, bias, row_valid = query
-    k, k_row, bias_key = key
-    k_main = tl.trans(_tile(k, keys, k_row, valid, 0, MAIN, D))
+    k, k_row, bias_key, windows = key
+    tokens = _tokens(windows, keys, valid, WINDOWS)
+    k_main = tl.trans(_tile(k, tokens, k_row, valid, 0, MAIN, D))
     acc = tl.dot(q, k_main, out_dtype=tl.int32)
     if TAIL > 0:
-        acc = tl.dot(q_tail, tl.trans(_tile(k, keys, k_row, valid, D - TAIL, TAIL, D)), acc, out_dtype=tl.int32)
+        acc = tl.dot(q_tail, tl.trans(_tile(k, tokens, k_row, valid, D - TAIL, TAIL, D)), acc, out_dtype=tl.int32)
     if HAS_BIAS:
         pointers = bias[:, None] + keys.to(tl.int64)[None, :] * bias_key
         acc += tl.load(pointers, mask=row_valid[:, None] & valid[None, :], other=0)
@@ -63,76 +56,27 @@ def _scores(query, key, keys, valid, D: tl.constexpr, MAIN: tl.constexpr, TAIL: 
 
 
 @triton.jit
-def _levels(acc, row_max, head, offset, valid, BELOW_2_22: tl.constexpr, OFFSET: tl.constexpr):
-    """L[c] of S4 as int32 and as float16 (times 2^-24); 0 where there is no key. With OFFSET, L[c'].
-
-    The table is 2^b bytes, one or a few sectors of the L1 cache: one load serves a warp. Inline, because tl.load would
-    first take the addresses of all scores through shared memory to a layout of its own.
-    """
-    table, last, kappa = head
-    if BELOW_2_22:  # plus the bits of 1.5 * 2^23 it is that much more as a float: no conversion
-        distance = ((row_max + ROUND_BITS)[:, None] - acc).to(tl.float32, bitcast=True) - ROUND_TO_INTEGER
-    else:
-        # Not below 0 whatever the bias holds: no address outside the table.
-        distance = tl.maximum(row_max[:, None] - acc, 0).to(tl.float32)
-    if OFFSET:
-        shifted = distance * kappa + offset[:, None] + ROUND_TO_INTEGER
-    else:
-        shifted = tl.fma(distance, kappa, ROUND_TO_INTEGER)
-    index = tl.minimum(shifted, last + ROUND_TO_INTEGER).to(tl.uint32, bitcast=True)
-    if INTERPRETED:
-        level = tl.load(table + index, mask=valid[None, :], other=0).to(tl.int32)
-        return level, level.to(tl.int16).to(tl.float16, bitcast=True)
-    level, p = tl.inline_asm_elementwise(
-        "{.reg .u64 a, b; cvt.u64.u32 a, $3; cvt.u64.u32 b, $4; add.u64 a, a, $5; add.u64 b, b, $6;"
-        "ld.global.nc.u8 $0, [a]; ld.global.nc.u8 $1, [b]; prmt.b32 $2, $0, $1, 0x5410;}",
-        "=&r,=&r,=r,r,r,l,l",
-        [tl.where(valid[None, :], index, ROUND_BITS), table.to(tl.uint64)],
-        dtype=(tl.int32, tl.float16), is_pure=True, pack=2,
-    )  # fmt: skip
-    return tl.where(valid[None, :], level, 0), tl.where(valid[None, :], p, 0.0)
-
-
-@triton.jit
-def _product(p, value, keys, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """2^-24 * sum over the keys of level * v, float32 [rows, WIDTH], exact below 514 keys; ``value``: v and stride."""
-    v, v_row = value
-    return tl.dot(p, _float16(_tile(v, keys, v_row, valid, FIRST, WIDTH, D)))
-
-
-@triton.jit
-def _split(x):
-    """Twin of reference._split."""
-    word = x.to(tl.float64).to(tl.int64, bitcast=True)
-    return ((word & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True), (word >> 52) - 1023
-
-
-@triton.jit
-def _offset(total, largest, inv_tau):
-    """Twin of reference.attention_offset and log2_ratio."""
-    m_a, e_a = _split(total)
-    m_b, e_b = _split(largest)
-    f = (m_a - m_b) / (m_a + m_b)
-    square = f * f
-    series = tl.full(square.shape, TWO_OVER_LN2 / (2 * LOG2_TERMS - 1), tl.float64)
-    for n in tl.static_range(LOG2_TERMS - 2, -1, -1):
-        series = series * square + TWO_OVER_LN2 / (2 * n + 1)
-    return (((e_a - e_b).to(tl.float64) + f * series) * inv_tau.to(tl.float64)).to(tl.float32)
+def _product(p, value, keys, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, WINDOWS: tl.constexpr):
+    """2^-24 * sum over the keys of level * v, float32 [rows, WIDTH], exact below 514 keys."""
+    v, v_row, windows = value
+    return tl.dot(p, float16_of(_tile(v, _tokens(windows, keys, valid, WINDOWS), v_row, valid, FIRST, WIDTH, D)))
 
 
 @triton.jit
 def _add_block(
     total, o, o_tail, p, level, value, keys, valid,
-    D: tl.constexpr, V_TAIL: tl.constexpr, CODING: tl.constexpr, NORMALISED: tl.constexpr,
+    D: tl.constexpr, V_TAIL: tl.constexpr, CODING: tl.constexpr, NORMALISED: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """A block of keys added to Z in the first coding, to o in the last one."""
     if CODING == 0:
         total += tl.sum(level, 1)
     if CODING == NORMALISED:  # of magnitude up to 2^22, so that the rounding constant makes an integer of the float
-        block = tl.fma(_product(p, value, keys, valid, 0, o.shape[1], D), LEVEL_UNIT, ROUND_TO_INTEGER)
+        block = tl.fma(_product(p, value, keys, valid, 0, o.shape[1], D, WINDOWS), LEVEL_UNIT, ROUND_TO_INTEGER)
         o += block.to(tl.int32, bitcast=True) - ROUND_BITS
         if V_TAIL > 0:
-            block = tl.fma(_product(p, value, keys, valid, D - V_TAIL, V_TAIL, D), LEVEL_UNIT, ROUND_TO_INTEGER)
+            block = tl.fma(
+                _product(p, value, keys, valid, D - V_TAIL, V_TAIL, D, WINDOWS), LEVEL_UNIT, ROUND_TO_INTEGER
+            )
             o_tail += block.to(tl.int32, bitcast=True) - ROUND_BITS
     return total, o, o_tail
 
@@ -153,20 +97,24 @@ def _store(
 
 @triton.jit
 def attention_kernel(
-    q, k, v, kappa, levels, multiplier, zero_point, bias, inv_tau, out,
-    S, H, LEVELS, round_bits,
+    q, k, v, kappa, levels, multiplier, zero_point, bias, inv_tau, windows, pattern, out,
+    S, H, W, LEVELS, round_bits,
     q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     bias_image, bias_head, bias_row, bias_key,
     D: tl.constexpr, K_MAIN: tl.constexpr, K_TAIL: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr,
     ONE_PASS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, NORMALISED: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMALISED: tl.constexpr, WINDOWS: tl.constexpr, PATTERN: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
 ):  # fmt: skip
-    """S4 and its normalised form, one block of query rows of a head.
+    """S4 and its normalised form, one block of query rows of a head, of an image or (WINDOWS) of a window of it.
 
     Computes: reference.attention.
-    Layouts: q, k, v int8 [B, H, S, D], channels contiguous, other strides free; levels uint8 [H, LEVELS]; multiplier,
-        zero_point [H, D]; bias int32 [B, H, S, S] by strides, 0 where it broadcasts; out int8 [B, S, H * D].
-    Work split: program (image * H + head) * row blocks + row block, so that neighbours share k and v in L2. ONE_PASS
+    Layouts: q, k, v int8 [B, H, W * S, D], channels contiguous, other strides free; levels uint8 [H, LEVELS];
+        multiplier, zero_point [H, D]; bias int32 [B, H, S, S] by strides, 0 where it broadcasts; out int8
+        [B, W * S, H * D]. WINDOWS: windows int32 [W, S], bias [P, H, S, S] and, if PATTERN, pattern int32 [W]; else W
+        is 1.
+    Work split: program ((image * W + window) * H + head) * row blocks + row block, so that neighbours share k and v in
+        L2, and with them the lines that a token's heads lie in. ONE_PASS
         keeps the scores of all keys, BLOCK_N + REST_N of them; else the keys are taken twice (three times if
         NORMALISED), BLOCK_N at a time and REST_N last.
     Requires: WHOLE = S rounded down, to 16 in ONE_PASS with S <= BLOCK_N + REST_N <= 256, else to BLOCK_N <= 128 with
@@ -179,13 +127,19 @@ def attention_kernel(
     block, h, image = program % blocks, (program // blocks % H).to(tl.int64), (program // blocks // H).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_valid = rows < S
+    which_bias = image
+    if WINDOWS:
+        windows += image % W * S
+        which_bias = tl.load(pattern + image % W).to(tl.int64) if PATTERN else image * 0
+        image = image // W
+    tokens = _tokens(windows, rows, row_valid, WINDOWS)
     q += image * q_image + h * q_head
-    bias_rows = bias + image * bias_image + h * bias_head + rows.to(tl.int64) * bias_row
-    q_main = _tile(q, rows, q_row, row_valid, 0, K_MAIN, D)
-    q_tail = _tile(q, rows, q_row, row_valid, D - K_TAIL, K_TAIL, D, K_MAIN) if K_TAIL > 0 else q_main
+    bias_rows = bias + which_bias * bias_image + h * bias_head + rows.to(tl.int64) * bias_row
+    q_main = _tile(q, tokens, q_row, row_valid, 0, K_MAIN, D)
+    q_tail = _tile(q, tokens, q_row, row_valid, D - K_TAIL, K_TAIL, D, K_MAIN) if K_TAIL > 0 else q_main
     query = (q_main, q_tail, bias_rows, row_valid)
-    key = (k + image * k_image + h * k_head, k_row, bias_key)
-    value = (v + image * v_image + h * v_head, v_row)
+    key = (k + image * k_image + h * k_head, k_row, bias_key, windows)
+    value = (v + image * v_image + h * v_head, v_row, windows)
     head = (levels + h * LEVELS - round_bits, LEVELS - 1, tl.load(kappa + h))
     largest = tl.load(levels + h * LEVELS).to(tl.int32)
     BELOW_2_22: tl.constexpr = D <= 128 and not HAS_BIAS  # |acc| <= D * 2^14: distances below 2^22
@@ -196,52 +150,53 @@ def attention_kernel(
     if REST_N > 0:
         rest = (BLOCK_N if ONE_PASS else WHOLE) + tl.arange(0, REST_N)
         rest_valid = ((rest < WHOLE) | (rest < S)) & (rest < WHOLE + 16) if ONE_PASS else rest < S
-    acc, row_max = _scores(query, key, keys, valid, D, K_MAIN, K_TAIL, HAS_BIAS)
+    acc, row_max = _scores(query, key, keys, valid, D, K_MAIN, K_TAIL, HAS_BIAS, WINDOWS)
     if not ONE_PASS:
         for start in range(BLOCK_N, WHOLE, BLOCK_N):
-            _, block_max = _scores(query, key, start + keys, valid, D, K_MAIN, K_TAIL, HAS_BIAS)
+            _, block_max = _scores(query, key, start + keys, valid, D, K_MAIN, K_TAIL, HAS_BIAS, WINDOWS)
             row_max = tl.maximum(row_max, block_max)
     if REST_N > 0:
-        rest_acc, rest_max = _scores(query, key, rest, rest_valid, D, K_MAIN, K_TAIL, HAS_BIAS)
+        rest_acc, rest_max = _scores(query, key, rest, rest_valid, D, K_MAIN, K_TAIL, HAS_BIAS, WINDOWS)
         row_max = tl.maximum(row_max, rest_max)
     if ONE_PASS:
         for coding in tl.static_range(2 if NORMALISED else 1):
             if coding == 1:
-                offset = _offset(total, largest, tl.load(inv_tau + h))
-            level, p = _levels(acc, row_max, head, offset, valid, BELOW_2_22, coding == 1)
+                offset = offset_of(total, largest, tl.load(inv_tau + h))
+            level, p = levels_of(acc, row_max, head, offset, valid, BELOW_2_22, coding == 1)
             total += tl.sum(level, 1)
             if REST_N > 0:
-                level, rest_p = _levels(rest_acc, row_max, head, offset, rest_valid, BELOW_2_22, coding == 1)
+                level, rest_p = levels_of(rest_acc, row_max, head, offset, rest_valid, BELOW_2_22, coding == 1)
                 total += tl.sum(level, 1)
-        o = _product(p, value, keys, valid, 0, V_MAIN, D)
-        o_tail = _product(p, value, keys, valid, D - V_TAIL, V_TAIL, D) if V_TAIL > 0 else o
+        o = _product(p, value, keys, valid, 0, V_MAIN, D, WINDOWS)
+        o_tail = _product(p, value, keys, valid, D - V_TAIL, V_TAIL, D, WINDOWS) if V_TAIL > 0 else o
         if REST_N > 0:
-            o += _product(rest_p, value, rest, rest_valid, 0, V_MAIN, D)
+            o += _product(rest_p, value, rest, rest_valid, 0, V_MAIN, D, WINDOWS)
             if V_TAIL > 0:
-                o_tail += _product(rest_p, value, rest, rest_valid, D - V_TAIL, V_TAIL, D)
+                o_tail += _product(rest_p, value, rest, rest_valid, D - V_TAIL, V_TAIL, D, WINDOWS)
         o, o_tail = o * LEVEL_UNIT, o_tail * LEVEL_UNIT
     else:
         o = tl.zeros([BLOCK_M, V_MAIN], tl.int32)
         o_tail = tl.zeros([BLOCK_M, V_TAIL if V_TAIL > 0 else 16], tl.int32)
         for coding in tl.static_range(2 if NORMALISED else 1):
             if coding == 1:
-                offset = _offset(total, largest, tl.load(inv_tau + h))
+                offset = offset_of(total, largest, tl.load(inv_tau + h))
             for start in range(0, WHOLE, BLOCK_N):
-                block_acc, _ = _scores(query, key, start + keys, valid, D, K_MAIN, K_TAIL, HAS_BIAS)
-                level, p = _levels(block_acc, row_max, head, offset, valid, BELOW_2_22, coding == 1)
+                block_acc, _ = _scores(query, key, start + keys, valid, D, K_MAIN, K_TAIL, HAS_BIAS, WINDOWS)
+                level, p = levels_of(block_acc, row_max, head, offset, valid, BELOW_2_22, coding == 1)
                 total, o, o_tail = _add_block(
-                    total, o, o_tail, p, level, value, start + keys, valid, D, V_TAIL, coding, NORMALISED
+                    total, o, o_tail, p, level, value, start + keys, valid, D, V_TAIL, coding, NORMALISED, WINDOWS
                 )
             if REST_N > 0:
-                rest_level, rest_p = _levels(rest_acc, row_max, head, offset, rest_valid, BELOW_2_22, coding == 1)
+                rest_level, rest_p = levels_of(rest_acc, row_max, head, offset, rest_valid, BELOW_2_22, coding == 1)
                 total, o, o_tail = _add_block(
-                    total, o, o_tail, rest_p, rest_level, value, rest, rest_valid, D, V_TAIL, coding, NORMALISED
-                )
+                    total, o, o_tail, rest_p, rest_level, value, rest, rest_valid,
+                    D, V_TAIL, coding, NORMALISED, WINDOWS,
+                )  # fmt: skip
     if NORMALISED:
         total = tl.zeros([BLOCK_M], tl.int32) + largest
     inverse = tl.div_rn(1.0, total.to(tl.float32))
     multiplier, zero_point = multiplier + h * D, zero_point + h * D
-    out += image * S * H * D + rows.to(tl.int64)[:, None] * (H * D) + h * D
+    out += image * W * S * H * D + tokens.to(tl.int64)[:, None] * (H * D) + h * D
     _store(out, o, inverse, multiplier, zero_point, row_valid, 0, V_MAIN, D, QMIN, QMAX)
     if V_TAIL > 0:
         _store(out, o_tail, inverse, multiplier, zero_point, row_valid, D - V_TAIL, V_TAIL, D, QMIN, QMAX)
@@ -261,36 +216,33 @@ def attention(
     windows: Tensor | None = None,
     pattern: Tensor | None = None,
 ) -> Tensor:
-    """``reference.attention``. Windows are gathered into sequences first."""
-    if windows is not None:
-        q, k, v = (reference.gather_windows(t, windows) for t in (q, k, v))
-        if bias_q is not None and pattern is not None:
-            bias_q = bias_q[pattern.long()].repeat(len(q) // len(pattern), 1, 1, 1)
-        out = attention(q, k, v, kappa, levels, multiplier, zero_point, bias_q, inv_tau, bits)
-        return reference.scatter_windows(out, windows)
-    b, h, s, d = q.shape
+    """``reference.attention``."""
+    b, h, tokens, d = q.shape
+    count, s = (1, tokens) if windows is None else windows.shape
     if d > LARGEST_D:
         why = f"takes head dims up to {LARGEST_D}, got {d}; can: reference"
         raise BackendUnavailableError(f"vitq::attention on {q.device.type}: backend triton {why}")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     vectors = (t.contiguous() for t in (kappa, levels, multiplier, zero_point))
-    out = q.new_empty(b, s, h * d)
-    bias_strides = (0, 0, 0, 0) if bias_q is None else bias_q.expand(b, h, s, s).stride()
-    optional = (out if bias_q is None else bias_q, out if inv_tau is None else inv_tau.contiguous())
-    tiles = configuration(s, d, bias_q is not None, inv_tau is not None, device_of(q).cc)
-    tiles |= {"QMIN": QuantFormat(bits).qmin, "QMAX": QuantFormat(bits).qmax}
+    out = q.new_empty(b, tokens, h * d)
+    biases = b if windows is None else -1
+    bias_strides = (0, 0, 0, 0) if bias_q is None else bias_q.expand(biases, h, s, s).stride()
+    tables = (out if t is None else t.contiguous() for t in (inv_tau, windows, pattern))
+    tiles = configuration(s, d, bias_q is not None, inv_tau is not None, windows is not None, device_of(q).cc)
+    tiles |= {"PATTERN": pattern is not None, "QMIN": QuantFormat(bits).qmin, "QMAX": QuantFormat(bits).qmax}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides)
-    numbers = (s, h, levels.shape[1], ROUND_BITS.value, *strides)
-    grid = (triton.cdiv(s, tiles["BLOCK_M"]) * h * b,)
-    launch(attention_kernel, grid, q, q, k, v, *vectors, *optional, out, *numbers, D=d, **tiles)
+    numbers = (s, h, count, levels.shape[1], ROUND_BITS.value, *strides)
+    grid = (triton.cdiv(s, tiles["BLOCK_M"]) * h * count * b,)
+    bias = out if bias_q is None else bias_q
+    launch(attention_kernel, grid, q, q, k, v, *vectors, bias, *tables, out, *numbers, D=d, **tiles)
     return out
 
 
-def configuration(s: int, d: int, bias: bool, normalised: bool, cc: int) -> dict[str, int]:
+def configuration(s: int, d: int, bias: bool, normalised: bool, windows: bool, cc: int) -> dict[str, int]:
     """How channels, keys and rows are cut, and the warps: the lengths and head dims of the table do not spill."""
     # An int8 dot takes 32 channels at least, a float16 dot gives 16: 80 = 64 + 32 of q and k, 64 + 16 of v.
     main = max(32, 1 << (d.bit_length() - 1))
-    result = {"HAS_BIAS": bias, "NORMALISED": normalised, "K_MAIN": main}
+    result = {"HAS_BIAS": bias, "NORMALISED": normalised, "WINDOWS": windows, "K_MAIN": main}
     result["K_TAIL"] = 0 if d <= main else max(32, triton.next_power_of_2(d - main))
     # v by 64 channels up to D = 128: 32 registers of sums at a time.
     main = max(16, min(64 if d <= 128 else 128, triton.next_power_of_2(d)))
@@ -305,6 +257,8 @@ def configuration(s: int, d: int, bias: bool, normalised: bool, cc: int) -> dict
     # channels two passes need what that saves in registers.
     full = triton.cdiv(s, 128) * 2 == triton.cdiv(s, 64)
     block_m = 128 if full or (d > (64 if bias else 80) and not one_pass) else 64
-    # 16 rows a warp; half as many of 64 where ptxas would aim at fewer registers on sm_100 and spill three.
-    warps = 8 if bias and cc == 100 and (normalised or s <= 64) else block_m // 16
-    return result | {"BLOCK_M": block_m, "num_warps": warps, "num_stages": 1 if bias else 2}
+    # 16 rows a warp; half as many of 64 where ptxas would aim at fewer registers and spill a few: on sm_100, and in
+    # windows, whose tokens need addresses of their own.
+    few = bias and ((cc == 100 and (normalised or s <= 64)) or (windows and normalised))
+    warps = 8 if few else block_m // 16
+    return result | {"BLOCK_M": block_m, "num_warps": warps, "num_stages": 1 if bias or windows else 2}
