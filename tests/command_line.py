@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_vits import small_vit
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -45,7 +46,7 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        for name in ("vitq_test_tiny", "vitq_test_deep", "vitq_test_qknorm")
+        for name in ("vitq_test_tiny", "vitq_test_deep", "vitq_test_qknorm", "vitq_test_swin")
     }
 )
 
@@ -66,6 +67,13 @@ def vitq_test_qknorm(pretrained: bool = False, **arguments: Any) -> nn.Module:
     model = make_model("vitq_test_qknorm", pretrained, arguments)
     model.blocks[1].attn.q_norm = nn.LayerNorm(16)
     return model
+
+
+@register_model
+def vitq_test_swin(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    small = {"img_size": 28, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4}
+    arguments = {**small, "num_classes": CLASSES, **arguments}
+    return build_model_with_cfg(SwinTransformer, "vitq_test_swin", pretrained, **arguments)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small_swins import SWINS, quantized_swin, realistic, swin, swin_images
+from small_swins import SWINS, make_swin, quantized_swin, realistic, swin, swin_images
 from torch import Tensor, nn
 
 import vitq_kernels as vitq
@@ -61,6 +61,19 @@ def test_the_published_shapes_keep_their_logits(window: int) -> None:
     images = torch.randn(6, 3, *size, generator=generator)
     found = vitq.quantize(model, images[:4], batch_size=4)(images)
     assert F.cosine_similarity(found, model(images)).min() >= 0.999
+
+
+@pytest.mark.parametrize("window", [7, 8, 12, 16, 24])
+def test_windows_of_every_published_size_work(window: int) -> None:
+    """Two blocks with one head of 32 channels on four windows, the second block shifted."""
+    arguments = {"img_size": 4 * window, "patch_size": 2, "embed_dim": 32, "depths": (2,), "num_heads": (1,)}
+    model = realistic(make_swin(torch.float32, window_size=window, **arguments))
+    images = torch.randn(3, 3, 4 * window, 4 * window, generator=torch.Generator().manual_seed(1))
+    qmodel = vitq.quantize(model, images[:2])
+    assert [tuple(m.bias_q.shape) for m in window_attentions(qmodel).values()] == [
+        (patterns, 1, window**2, window**2) for patterns in (1, 4)
+    ]
+    assert F.cosine_similarity(qmodel(images), model(images)).min() > 0.998
 
 
 @pytest.mark.parametrize("variant", ["shifted", "padded", "odd-sides"])

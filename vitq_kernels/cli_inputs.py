@@ -39,7 +39,7 @@ def float_model(name: str, checkpoint: Path | None, pretrained: bool) -> nn.Modu
     if checkpoint is None:
         return _created(name, pretrained=True)
     state = float_weights(checkpoint)
-    head = state.get("head.weight")
+    head = state.get("head.weight", state.get("head.fc.weight"))
     net = _created(name) if head is None else _created(name, num_classes=len(head))
     if wrong := _difference(net.state_dict(), state):
         raise ValueError(f"--checkpoint {checkpoint} does not fit {name}: {wrong}")

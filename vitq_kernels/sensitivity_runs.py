@@ -90,9 +90,8 @@ def sensitivity(
     chosen = _chosen_sites(parts.sites, part, sites)
     batches = [batch.to(weight.dtype) for batch in image_batches(images, batch_size, weight.device)]
     config = config or QuantConfig()
-    heads = [
-        (block.attn.num_heads, block.attn.softmax_scale) for block in parts.blocks
-    ]  # which neither weights nor names tell
+    # Which neither weights nor names tell.
+    heads = [(b.attn.num_heads, b.attn.softmax_scale, *filter(None, [b.attn.windows])) for b in parts.blocks]
     measured = MeasurementCache(cache, fingerprint(model, batches, f"{part} {baseline} {config} {heads}"))
 
     def changes(*widths: tuple[Site, int]) -> Changes:
