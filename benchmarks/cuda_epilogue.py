@@ -48,8 +48,8 @@ def blocks(kernel: Kernel) -> dict[int, Block]:
         target, following = _target(here), []
         if target is not None:
             following.append(target)
-        # "@P0 BRA", and "BRA P0", go on where the predicate is false.
-        maybe = bool(here.predicate) or bool(re.match(r"\s*!?U?P\d", here.operands))
+        # "@P0 BRA", and "BRA P0", go on where the predicate is false; "BRA.DIV" where no lane diverges.
+        maybe = bool(here.predicate or re.match(r"\s*!?U?P\d", here.operands)) or here.name.startswith("BRA.DIV")
         if after is not None and (not _jumps(here) or maybe):
             following.append(after.address)
         found[body[0].address] = Block(tuple(body), tuple(following))

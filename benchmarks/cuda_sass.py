@@ -137,7 +137,7 @@ def _short(demangled: str) -> str:
     wgmma = re.match(r"wgmma_kernel<\(Epilogue\)(\d), WgmmaTile<(\d), (\d+), \d+, \d+>", name)
     if wgmma:
         return f"wgmma_kernel<{EPILOGUES[int(wgmma.group(1))]}, {64 * int(wgmma.group(2))}x{wgmma.group(3)}>"
-    attention = re.match(r"attention_wgmma_kernel<hopper_attention::Shape<(\d+), (\d+), (true|false)> ?>", name)
+    attention = re.match(r"attention_wgmma_kernel<hopper_attention::Shape<(\d+), (\d+), (true|false), \d+> ?>", name)
     if attention:
         dim, keys, whole = attention.groups()
         return f"attention_wgmma_kernel<{dim}, {keys}, {'whole' if whole == 'true' else 'tiles'}>"

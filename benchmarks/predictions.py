@@ -1,8 +1,8 @@
 """What the CUDA kernels' model expects of a H100 SXM or H200, before one has run: ``python -m benchmarks.predictions``.
 
-Rewrites the table of ``benchmarks/README.md``. The numbers are ``estimate_us`` of ``vitq_kernels/ops/cuda/tiles.py``:
-facts about sizes, assumptions about rates. They stand there to be held against the first measurement, not to be
-believed.
+Rewrites the tables of ``benchmarks/README.md``. The numbers are ``estimate_us`` of ``vitq_kernels/ops/cuda/tiles.py``
+and of ``cuda_attention_model.py``: facts about sizes and machine code, assumptions about rates. They stand there to be
+held against the first measurement, not to be believed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import cuda_attention_model
 from benchmarks.vit_shapes import BATCHES, MLP_RATIO, VITS
 from vitq_kernels.files import write_text
-from vitq_kernels.ops.cuda.tiles import TILES, Gpu, Problem, rank
+from vitq_kernels.ops.cuda.tiles import LAUNCH_US, TILES, Gpu, Problem, architecture, rank
 
 PAGE = Path(__file__).parent / "README.md"
-START, END = "<!-- predictions -->\n", "<!-- /predictions -->"
 HOPPER = Gpu(90, 132, "H100 SXM, H200")
 PEAK_TOPS = 1979  # dense int8, data sheet
 MODELS = ("DeiT-B", "ViT-L")
@@ -24,7 +24,14 @@ HEAD = """| model | batch | layer (N, K) | plan, 8 bits | us | TOPS | of the pea
 """
 
 
-def rows() -> Iterator[str]:
+ATTENTION_HEAD = """| model | batch | tokens | head dim | passes | clocks a head | values | fullest pipe | us | TFLOPS |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+# Beside the models of the linears: 384 pixels, and 512.
+LENGTHS = (("DeiT-B", 197), ("DeiT-B", 577), ("ViT-L", 1025), ("ViT-H", 257))
+
+
+def linear_rows() -> Iterator[str]:
     """A line of the table a layer."""
     for vit in (vit for vit in VITS if vit.name in MODELS):
         c = vit.channels
@@ -46,11 +53,34 @@ def rows() -> Iterator[str]:
                 yield f"| {' | '.join(map(str, (*cells, share, ratio)))} |\n"
 
 
-def with_table(page: str) -> str:
-    """The page with the table between its markers replaced."""
-    head, rest = page.split(START)
-    return head + START + HEAD + "".join(rows()) + END + rest.split(END)[1]
+def attention_rows() -> Iterator[str]:
+    """A line a model, length and batch."""
+    made = cuda_attention_model.load()
+    for name, tokens in LENGTHS:
+        vit = next(vit for vit in VITS if vit.name == name)
+        clocks = cuda_attention_model.head_clocks(made, tokens, vit.head_dim)
+        fullest = max(cuda_attention_model.PIPES, key=lambda pipe: clocks[pipe])
+        for batch in BATCHES[:-1]:
+            heads, ghz = batch * vit.heads, architecture(HOPPER).ghz
+            us = LAUNCH_US + cuda_attention_model.estimate_us(made, tokens, vit.head_dim, heads, HOPPER.sms, ghz)
+            tflops = 4 * heads * tokens**2 * vit.head_dim / us / 1e6
+            cells = (vit.name, batch, tokens, vit.head_dim, 1 if tokens <= 256 else 2, f"{clocks[fullest]:.0f}")
+            rest = (f"{100 * clocks['values'] / clocks[fullest]:.0f} %", fullest, f"{us:.1f}", f"{tflops:.0f}")
+            yield f"| {' | '.join(map(str, (*cells, *rest)))} |\n"
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The page with the table between the markers of a name replaced."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    head, rest = page.split(start)
+    return head + start + table + end + rest.split(end)[1]
+
+
+def with_tables(page: str) -> str:
+    """The page with both tables."""
+    page = with_table(page, "predictions", HEAD + "".join(linear_rows()))
+    return with_table(page, "attention", ATTENTION_HEAD + "".join(attention_rows()))
 
 
 if __name__ == "__main__":
-    write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8")))
+    write_text(PAGE, with_tables(PAGE.read_text(encoding="utf-8")))

@@ -59,9 +59,10 @@ struct Coding {
   }
 };
 
-// The levels of four codes, the first in the lowest byte.
+// The levels of four codes, the first in the lowest byte, of a table of up to kMost.
+template <int kMost>
 __device__ __forceinline__ uint32_t levels_of(const Levels& levels, const uint32_t (&code)[4]) {
-  if (levels.count > 16) {
+  if constexpr (kMost > 16) {
     uint32_t level[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) level[i] = levels.table[code[i] & 255];
@@ -70,10 +71,16 @@ __device__ __forceinline__ uint32_t levels_of(const Levels& levels, const uint32
   // Codes are below 16 and the constant's low 16 bits are zero, shifted or not: four nibbles, which select bytes.
   const uint32_t nibbles = code[0] + (code[1] << 4) + (code[2] << 8) + (code[3] << 12);
   const uint32_t low = permute_bytes(levels.words[0], levels.words[1], nibbles & 0x7777);
-  if (levels.count <= 8) return low;
+  if constexpr (kMost <= 8) return low;
   const uint32_t high = permute_bytes(levels.words[2], levels.words[3], nibbles & 0x7777);
   const uint32_t upper = permute_bytes(0x0000ff00u, 0, nibbles >> 3 & 0x1111);  // 0xff where a code is 8 or more
   return low ^ ((low ^ high) & upper);
+}
+
+// The same, of however many there are.
+__device__ __forceinline__ uint32_t levels_of(const Levels& levels, const uint32_t (&code)[4]) {
+  if (levels.count > 16) return levels_of<256>(levels, code);
+  return levels.count > 8 ? levels_of<16>(levels, code) : levels_of<8>(levels, code);
 }
 
 // Values of four keys and 8 channels.
@@ -81,7 +88,7 @@ struct KeyQuad {
   uint2 keys[4];
 
   // Of one channel, the first key in the lowest byte.
-  __device__ __forceinline__ uint32_t of_channel(int channel) const {
+  __device__ __forceinline__ uint32_t of_channel(unsigned channel) const {
     const uint32_t pair = channel % 4 | (channel % 4 + 4) << 4;
     const auto word = [&](int i) { return channel < 4 ? keys[i].x : keys[i].y; };
     return permute_bytes(permute_bytes(word(0), word(1), pair), permute_bytes(word(2), word(3), pair), 0x5410);

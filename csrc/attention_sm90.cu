@@ -33,9 +33,9 @@ using namespace hopper_attention;
 
 // Row of the transposed values that holds a channel.
 template <class S>
-__device__ __forceinline__ int value_row(int channel) {
-  constexpr int kOfLane = S::kDim / 4, kHalf = S::kDim / 8;
-  const int rest = channel % kOfLane;
+__device__ __forceinline__ unsigned value_row(unsigned channel) {
+  constexpr unsigned kOfLane = S::kDim / 4, kHalf = S::kDim / 8;
+  const unsigned rest = channel % kOfLane;
   return rest % kHalf * 8 + channel / kOfLane * 2 + rest / kHalf;
 }
 
@@ -43,33 +43,40 @@ __device__ __forceinline__ int value_row(int channel) {
 // that lie in different banks written. Columns beyond the last 16 keys stay as they are: their levels are zeros.
 template <class S>
 __device__ __forceinline__ void transpose_values(const Arguments& with, const Item& item, const Ring<S>& ring) {
-  constexpr int kOctets = S::kDim / 8, kBatch = 2;
+  constexpr unsigned kOctets = S::kDim / 8, kBatch = 2, kGroups = S::kKeys / 16;
   const int8_t* values = with.v.data + item.image * with.v.batch + item.head * with.v.head;
-  const int units = (with.sequence + 15) / 16 * 4 * kOctets;
-  for (int first = threadIdx.x - kWorkerThreads; first < units; first += kBatch * kWarpgroup) {
+  const unsigned keys = static_cast<unsigned>(with.sequence), units = (keys + 15) / 16 * 4 * kOctets;
+  for (unsigned first = threadIdx.x - kWorkerThreads; first < units; first += kBatch * kWarpgroup) {
     KeyQuad unit[kBatch];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int quad = (first + b * kWarpgroup) / kOctets, octet = (first + b * kWarpgroup) % kOctets;
+    for (unsigned b = 0; b < kBatch; ++b) {
+      const unsigned quad = (first + b * kWarpgroup) / kOctets, octet = (first + b * kWarpgroup) % kOctets;
+      const unsigned first_key = quad / 4 * 16 + quad % 4 * 2;
+      const int8_t* from = values + first_key * with.v.position + octet * 8;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = quad / 4 * 16 + quad % 4 * 2 + i / 2 * 8 + i % 2;
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned further = i / 2 * 8 + i % 2;
         unit[b].keys[i] = {0, 0};
-        if (key < with.sequence) {
-          unit[b].keys[i] = *reinterpret_cast<const uint2*>(values + key * with.v.position + octet * 8);
+        if (first_key + further < keys) {
+          unit[b].keys[i] = *reinterpret_cast<const uint2*>(from + further * with.v.position);
         }
       }
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (unsigned b = 0; b < kBatch; ++b) {
       if (first + b * kWarpgroup >= units) continue;
-      const int quad = (first + b * kWarpgroup) / kOctets, octet = (first + b * kWarpgroup) % kOctets;
-      const int group = quad / 4, of_tile = group % (S::kKeys / 16), chunk = of_tile % (kValueKeys / 16);
-      unsigned char* slab = ring.values(group / (S::kKeys / 16)) + of_tile / (kValueKeys / 16) * S::kValueSlabBytes;
+      const unsigned quad = (first + b * kWarpgroup) / kOctets, octet = (first + b * kWarpgroup) % kOctets;
+      const unsigned group = quad / 4, tile = S::kWhole ? 0 : group / kGroups, of_tile = group - tile * kGroups;
+      const unsigned chunk = of_tile % (kValueKeys / 16), slab = of_tile / (kValueKeys / 16);
+      unsigned char* word = ring.values(static_cast<int>(tile)) + slab * S::kValueSlabBytes + quad % 4 * 4;
+      const auto place = [&](unsigned row) { return word + row * kValueKeys + (chunk ^ row % 8) * 16; };
+      unsigned char* first_row = place(value_row<S>(octet * 8));
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const int row = value_row<S>(octet * 8 + c);
-        store_for_wgmma(slab + row * kValueKeys + (chunk ^ row % 8) * 16 + quad % 4 * 4, unit[b].of_channel(c));
+      for (unsigned c = 0; c < 8; ++c) {
+        // Of dims that are multiples of 64 the next channel lies 8 rows further.
+        const bool regular = S::kDim % 64 == 0;
+        unsigned char* to = regular ? first_row + 8 * c * kValueKeys : place(value_row<S>(octet * 8 + c));
+        store_for_wgmma(to, unit[b].of_channel(c));
       }
     }
   }
@@ -147,8 +154,8 @@ template <class S>
 __device__ __forceinline__ void take_maximum(int left, int32_t (&scores)[S::kKeys / 2], int32_t (&top)[2]) {
 #pragma unroll
   for (int p = 0; p < S::kKeys / 16; ++p) {
-    if (16 * p >= left) continue;
-    if (16 * p + 16 > left) {
+    if (16 * p >= S::kLeast && 16 * p >= left) continue;
+    if (16 * p + 16 > S::kLeast && 16 * p + 16 > left) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int key = 16 * p + i / 4 * 8 + static_cast<int>(lane_index()) % 4 * 2 + i % 2;
@@ -163,15 +170,15 @@ __device__ __forceinline__ void take_maximum(int left, int32_t (&scores)[S::kKey
   }
 }
 
-// Levels of a tile's scores as A fragments, and their sums.
-template <class S>
+// Levels of a tile's scores as A fragments, of a table of up to kMost, and their sums.
+template <class S, int kMost>
 __device__ __forceinline__ void code(const Levels& levels, const Coding& coding, int left,
                                      const int32_t (&scores)[S::kKeys / 2], const int32_t (&top)[2],
                                      uint32_t (&level)[S::kValueSteps][4], int32_t (&total)[2]) {
 #pragma unroll
   for (int p = 0; p < 2 * S::kValueSteps; ++p) {
     level[p / 2][p % 2 * 2] = level[p / 2][p % 2 * 2 + 1] = 0;
-    if (p >= S::kKeys / 16 || 16 * p >= left) continue;
+    if (p >= S::kKeys / 16 || (16 * p >= S::kLeast && 16 * p >= left)) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float distance[4];
@@ -182,8 +189,8 @@ __device__ __forceinline__ void code(const Levels& levels, const Coding& coding,
         distance[i] = bits_float(static_cast<uint32_t>(top[r])) - bits_float(static_cast<uint32_t>(score));
       }
       coding.codes(distance, codes);
-      uint32_t word = levels_of(levels, codes);
-      if (16 * p + 16 > left) {
+      uint32_t word = levels_of<kMost>(levels, codes);
+      if (16 * p + 16 > S::kLeast && 16 * p + 16 > left) {
         const int first = left - 16 * p - static_cast<int>(lane_index()) % 4 * 2;  // of the lane's keys 0, 1, 8, 9
         word &= (first > 0 ? 0xffu : 0) | (first > 1 ? 0xff00u : 0) | (first > 8 ? 0xff0000u : 0) |
                 (first > 9 ? 0xff000000u : 0);
@@ -240,12 +247,13 @@ __device__ __forceinline__ void store(const Arguments& with, const Item& item, i
   uint32_t packed[2][kOfLane / 4];
 #pragma unroll
   for (int i = 0; i < kOfLane; i += 4) {
-    float multiplier[4], zero[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      multiplier[n] = with.multiplier[channel + i + n];
-      zero[n] = kRoundToInteger + static_cast<float>(with.zero_point[channel + i + n]);
-    }
+    const uint4 m = *reinterpret_cast<const uint4*>(with.multiplier + channel + i);
+    const uint4 z = *reinterpret_cast<const uint4*>(with.zero_point + channel + i);
+    const float multiplier[4] = {bits_float(m.x), bits_float(m.y), bits_float(m.z), bits_float(m.w)};
+    const auto zero_of = [](uint32_t point) {
+      return kRoundToInteger + static_cast<float>(static_cast<int32_t>(point));
+    };
+    const float zero[4] = {zero_of(z.x), zero_of(z.y), zero_of(z.z), zero_of(z.w)};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint32_t word[4];
@@ -309,7 +317,8 @@ __device__ __forceinline__ void attend(const Arguments& with, const Ring<S>& rin
       if (active) take_maximum<S>(left, scores, top);
       largest_of_row();
     }
-    if (active) code<S>(levels, coding, left, scores, top, level, total);
+    if (active && levels.count <= 16) code<S, 16>(levels, coding, left, scores, top, level, total);
+    if (active && levels.count > 16) code<S, 256>(levels, coding, left, scores, top, level, total);
     multiply_values<S>(ring.values(tile), level, o);
   }
   over_row(total, [](int32_t a, int32_t b) { return a + b; });
@@ -401,8 +410,8 @@ bool use_if_it_fits(int sequence, const Use& use) {
 template <int kDim, class Use>
 bool with_length(int sequence, const Use& use) {
   if (sequence <= 128) return use(Shape<kDim, 128, true>()), true;
-  if (sequence <= 208) return use(Shape<kDim, 208, true>()), true;
-  if (sequence <= 256) return use(Shape<kDim, 256, true>()), true;
+  if (sequence <= 208) return use(Shape<kDim, 208, true, 129>()), true;
+  if (sequence <= 256) return use(Shape<kDim, 256, true, 209>()), true;
   const auto padded = [&](int keys) { return (sequence + keys - 1) / keys * keys; };
   if constexpr (kDim <= 80) {  // above, the scores of 208 keys and the outputs are more than a thread's registers
     if (padded(208) <= padded(144)) return use_if_it_fits<Shape<kDim, 208, false>>(sequence, use);
@@ -443,6 +452,8 @@ void attention_sm90(AttentionOperand q, AttentionOperand k, AttentionOperand v, 
     require((reinterpret_cast<uintptr_t>(operand.data) | operand.batch | operand.head | operand.position) % 16 == 0,
             "attention_sm90: q, k and v must be aligned to 16 bytes");
   }
+  require((reinterpret_cast<uintptr_t>(multiplier) | reinterpret_cast<uintptr_t>(zero_point)) % 16 == 0,
+          "attention_sm90: multiplier and zero_point must be aligned to 16 bytes");
   require(int64_t{batch} * heads * ((sequence + kQueries - 1) / kQueries) < int64_t{1} << 30,
           "attention_sm90: too many heads and images");
   if (batch == 0 || heads == 0 || sequence == 0) return;

@@ -22,10 +22,11 @@ constexpr int kTableBytes = 1024;  // 256 levels; stages lie at multiples of 102
 constexpr int kSharedBytes = 227 << 10;
 constexpr int kMostStages = 2;
 
-// kKeys: of a product. kWhole: all of a row's; then a row's scores stay in registers.
-template <int kDim_, int kKeys_, bool kWhole_>
+// kKeys: of a product. kWhole: all of a row's; then a row's scores stay in registers. kLeast: keys that there are in any
+// case.
+template <int kDim_, int kKeys_, bool kWhole_, int kLeast_ = 1>
 struct Shape {
-  static constexpr int kDim = kDim_, kKeys = kKeys_;
+  static constexpr int kDim = kDim_, kKeys = kKeys_, kLeast = kLeast_;
   static constexpr bool kWhole = kWhole_;
   static constexpr int kSteps = (kDim + 31) / 32, kWidth = 32 * kSteps;  // of the first product
   static constexpr int kLine = kWidth % 128 == 0 ? 128 : kWidth % 64 == 0 ? 64 : 32;

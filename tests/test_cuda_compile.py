@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_cost_model, cuda_epilogue, cuda_resources, cuda_wgmma_model
+from benchmarks import cuda_attention_model, cuda_cost_model, cuda_epilogue, cuda_resources, cuda_wgmma_model
 from benchmarks.cuda_sass import ARCHITECTURES, Kernel, class_of, count, extension_path, kernels, parse, resources
 from vitq_kernels.ops.cuda.tiles import TILES
 
@@ -220,6 +220,49 @@ def test_the_committed_cost_model_is_that_of_the_build(compiled: Callable[[str],
     large = [r for r in made if r["operands"] == "s8" and r["bits"] == 8 and r["tile"] in cuda_cost_model.SHOWN]
     assert len(large) == len(ARCHITECTURES) * 3
     assert all(row["next_pct"] < 90 for row in large)
+
+
+@pytest.mark.slow
+def test_the_committed_attention_model_is_that_of_the_build(compiled: Callable[[str], list[Kernel]]) -> None:
+    made = cuda_attention_model.rows(compiled("sm_90a"))
+    assert cuda_attention_model.load() == [{name: float(value) for name, value in row.items()} for row in made]
+    assert len(made) == 5 * 4 + 3
+    for row in made:  # the tensor cores never set the pace, nor does shared memory
+        assert max(row["alu_clk"], row["fma_clk"], row["shared_clk"], row["tensor_clk"]) < row["issue_clk"]
+
+
+def test_clocks_of_a_head() -> None:
+    row = dict.fromkeys(cuda_attention_model.COLUMNS, 1.0) | {"dim": 64, "issue_clk": 256.0, "tensor_clk": 10.0}
+    made = [row | {"keys": 128, "passes": 1, "values_clk": 64.0}, row | {"keys": 144, "passes": 2, "values_clk": 72.0}]
+    # 7 of 8 sixteenths of 128 keys; 112 queries are 7 warps' of two tiles of 4.
+    one = cuda_attention_model.head_clocks(made, 112, 64)
+    assert one["issue"] == 256 * 7 / 8 * 7 / 4 + 64 * 112 / 128
+    assert one["tensor"] == 10 * 2
+    two = cuda_attention_model.head_clocks(made, 288, 64)
+    assert two["issue"] == 256 * 2 * 18 / 4 + 72 * 2
+    assert two["tensor"] == 10 * 5 * 2
+    # 3 heads on 2 SMs: whole ones would take two rounds of 2 tiles, halves two rounds of one and another.
+    assert cuda_attention_model.estimate_us(made, 112, 64, 3, 2, 1.0) == 1.5 * one["issue"] / 1e3
+
+
+WAYS_FORWARD = """
+		Function : _ZN4vitq13finish_kernelILNS_8EpilogueE0EEEvNS_13GemmArgumentsEPKii
+        /*0000*/                   FADD R1, R1, R1 ;
+        /*0010*/                   BRA.DIV UR4, 0x50 ;
+        /*0020*/              @P0  BRA 0x40 ;
+        /*0030*/                   LDS.U8 R2, [R3] ;
+        /*0040*/                   IGMMA.64x64x32.U8.S8 R4 ;
+        /*0050*/                   BRA 0x20 ;
+"""
+
+
+def test_a_way_forward_is_found() -> None:
+    """Past a branch for lanes that diverge, and not by the table of many levels."""
+    (kernel,) = parse(WAYS_FORWARD.splitlines(), "sm_90a")
+    way = cuda_attention_model.forward(cuda_epilogue.blocks(kernel), 0, 0x40)
+    assert [i.address for i in way] == [0, 0x10, 0x20, 0x40]
+    with pytest.raises(ValueError, match="no way forward"):
+        cuda_attention_model.forward(cuda_epilogue.blocks(kernel), 0x50, 0x40)
 
 
 BRANCHES = """

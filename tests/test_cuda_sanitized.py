@@ -53,9 +53,10 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
         ["tests/test_ops.py", "-k", "cuda-emulated and values"],
         ["tests/test_cuda_linear.py"],
         ["tests/test_cuda_attention.py", "-k", "(head_dim and (33 or 64 or 72)) or barrier or window"],
+        ["tests/test_cuda_attention_sm90.py", "-k", "(head_dim and (64 or 80)) or items or views"],
         ["tests/test_cuda_rows.py", "-k", "not 16000 and not 8200"],
     ],
-    ids=["ops", "linear", "attention", "rows"],
+    ids=["ops", "linear", "attention", "attention-sm90", "rows"],
 )
 def test_no_sanitizer_complains(environment: dict[str, str], selection: list[str]) -> None:
     done = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection)
