@@ -18,6 +18,7 @@ from torch import nn
 
 import vitq_kernels as vitq
 from tests.command_line import make_files, make_model, run
+from tests.small_vits import small_vit, variant_images
 from vitq_kernels.doctor import examine
 from vitq_kernels.images import ImageFolder, eval_transform, load_folder
 
@@ -109,8 +110,9 @@ def test_every_verb_has_help_and_json(verb: str) -> None:
     [
         ((), {}),
         (("--method", "chefer", "--tokens", "image", "--batch", "5"), {"method": "chefer", "tokens": "image"}),
+        (("--target", "feature_norm", "--batch", "5"), {"target": "feature_norm"}),
     ],
-    ids=["attnlrp", "chefer"],
+    ids=["attnlrp", "chefer", "features"],
 )
 def test_score_writes_the_relevance(
     options: tuple[str, ...],
@@ -281,6 +283,15 @@ def test_eval_without_labels_has_agreement_alone(work: Path, tmp_path: Path) -> 
     assert 0 <= told["agreement"] <= 100
     assert told["kl"] > 0
     assert "top-1" not in result.out
+
+
+def test_eval_of_features_reads_no_labels(work: Path, tmp_path: Path) -> None:
+    extractor, out = small_vit(num_classes=0), tmp_path / "e.json"
+    vitq.save(vitq.quantize(extractor, variant_images(count=2)), tmp_path / "features.safetensors")
+    run("eval", tmp_path / "features.safetensors", "--images", work / "flat", "--json", out)
+    told = json.loads(out.read_text())
+    assert (told["top1"], told["agreement"], told["kl"], told["cosine"]) == (None, None, None, None)
+    assert told["images"] > 0
 
 
 def test_eval_takes_as_many_images_as_limit_says_by_seed(work: Path, net: nn.Module, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_progress_counts_images() -> None:
 
 def test_result_goes_into_json() -> None:
     result = evaluate(Table(QUANTIZED), batches(), float_model=Table(FLOAT))
-    keys = ["images", "top1", "float_top1", "agreement", "kl", "images_per_s"]
+    keys = ["images", "top1", "float_top1", "agreement", "kl", "images_per_s", "cosine"]
     assert list(json.loads(json.dumps(result.to_dict()))) == keys
 
 
@@ -125,3 +125,29 @@ def test_a_label_that_is_no_class_is_refused() -> None:
 def test_a_float_model_of_other_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="must have the same number of classes, got 2 and 3"):
         evaluate(Table(QUANTIZED), batches(), float_model=Table(FLOAT[:, :2]))
+
+
+# --- feature extractors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 2, 3)], ids=["pooled", "tokens"])
+def test_features_are_compared_by_their_cosine(shape: tuple[int, ...]) -> None:
+    own, exact = (torch.linspace(-1, end, 30).view(shape).sin() for end in (2.0, 2.5))
+    result = evaluate(Table(own), batches(2), float_model=Table(exact), features=True)
+    a, b = own.flatten(1).double(), exact.flatten(1).double()
+    expected = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
+    assert result.cosine == pytest.approx(float(expected), rel=1e-6)
+    assert (result.images, result.top1, result.float_top1, result.agreement, result.kl) == (5, None, None, None, None)
+
+
+def test_features_alone_have_no_cosine() -> None:
+    assert evaluate(Table(QUANTIZED), batches(2), features=True).cosine is None
+
+
+def test_logits_have_no_cosine() -> None:
+    assert evaluate(Table(QUANTIZED), batches(2), float_model=Table(FLOAT)).cosine is None
+
+
+def test_features_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features of the same shape, got \[2, 2\] and \[2, 3\]"):
+        evaluate(Table(QUANTIZED), batches(2), float_model=Table(FLOAT[:, :2]), features=True)

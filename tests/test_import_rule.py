@@ -42,7 +42,8 @@ ALLOWED = {
     "distributed": (),
     "relevance_program": ("spec", "models", "lrp_rules", "windows"),
     "fisher": ("lrp_rules",),
-    "relevance": ("spec", "models", "lrp_rules", "fisher", "relevance_program", "distributed"),
+    "relevance_target": (),
+    "relevance": ("spec", "models", "lrp_rules", "fisher", "relevance_program", "relevance_target", "distributed"),
     "sensitivity": ("spec",),
     "sensitivity_cache": ("files", "distributed"),
     "sensitivity_quantizers": (

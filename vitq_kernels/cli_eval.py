@@ -6,7 +6,7 @@ import vitq_kernels as vitq
 from vitq_kernels import cli_options as options
 from vitq_kernels.cli_inputs import float_twin, numbers
 from vitq_kernels.cli_output import Bar, finish, shown
-from vitq_kernels.cli_quantized import facts, read_quantized
+from vitq_kernels.cli_quantized import classifies, facts, read_quantized
 from vitq_kernels.images import ImageFolder, eval_transform
 
 
@@ -26,7 +26,8 @@ def evaluate(
 ) -> None:
     """Top-1 and speed; with float weights also agreement and KL.
 
-    The float weights, to compare with, come from --checkpoint or --pretrained. Without labels there is no top-1.
+    The float weights, to compare with, come from --checkpoint or --pretrained. Without labels there is no top-1. Of a
+    feature extractor, which has no classes, the cosine of its features to the float ones takes the place of all three.
     """
     qmodel = read_quantized(quantized, device)
     transform = eval_transform(qmodel, mean=numbers("mean", mean), std=numbers("std", std), crop=crop)
@@ -37,6 +38,7 @@ def evaluate(
             qmodel,
             folder.batches(transform, batch),
             float_model=None if net is None else net.to(device),
+            features=not classifies(qmodel),
             progress=lambda done: progress(done, len(folder.files)),
         )
     payload = {**result.to_dict(), **facts(qmodel), "device": device}

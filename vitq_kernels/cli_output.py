@@ -40,6 +40,7 @@ SHOWN = {
     "top1": ("top-1", "{:.2f} %"),
     "float_top1": ("float top-1", "{:.2f} %"),
     "agreement": ("agreement", "{:.2f} %"),
+    "cosine": ("cosine to float features", "{:.5f}"),
     "kl": ("KL from float", "{:.5f} nats"),
     "images_per_s": ("speed", "{:.1f} images/s"),
     "weight_bytes": ("packed weights", "{:,} bytes"),

@@ -28,6 +28,12 @@ def write_quantized(model: nn.Module, path: Path) -> None:
     (simulations.save if is_simulated(model) else vitq.save)(model, path)
 
 
+def classifies(qmodel: Any) -> bool:
+    """Whether the model has a classifier."""
+    record = qmodel.simulation if is_simulated(qmodel) else qmodel.quantization
+    return any(site.kind == "head" for site in record.sites)
+
+
 def facts(qmodel: Any) -> dict[str, Any]:
     """What the model is and executes; bytes of its packed weights with their row orders, of the same in float32; bits.
 

@@ -14,6 +14,7 @@ from vitq_kernels.cli_inputs import calibration_images, float_model
 from vitq_kernels.cli_output import Bar, finish, wrote
 from vitq_kernels.files import write_text
 from vitq_kernels.relevance import Method
+from vitq_kernels.relevance_target import Target
 from vitq_kernels.sensitivity import Part
 from vitq_kernels.sensitivity_runs import sensitivity as measure
 from vitq_kernels.spec import MAX_BITS, MIN_BITS
@@ -34,6 +35,13 @@ def score(
         str,
         typer.Option(callback=options.one_of(("all", "image", "class")), help="tokens that count: all, image, class"),
     ] = "all",
+    target: Annotated[
+        str,
+        typer.Option(
+            callback=options.one_of(get_args(Target)),
+            help="what is explained: logit or, for models without classes too, feature_norm or similarity",
+        ),
+    ] = "logit",
     sensitivity: Annotated[
         str | None,
         typer.Option(
@@ -80,7 +88,15 @@ def score(
     net = float_model(model, checkpoint, pretrained).to(device)
     images = calibration_images(net, calibration, count, mean, std, crop, seed)
     with Bar("scoring", len(images)) as progress:
-        scores = vitq.relevance(net, images, method=method, tokens=tokens, batch_size=batch, progress=progress)  # type: ignore[arg-type]
+        scores = vitq.relevance(
+            net,
+            images,
+            method=method,  # type: ignore[arg-type]
+            tokens=tokens,  # type: ignore[arg-type]
+            target=target,  # type: ignore[arg-type]
+            batch_size=batch,
+            progress=progress,
+        )
     write_text(out, scores.to_json())
     text, payload = str(scores), json.loads(scores.to_json())
     wrote("scores", out)

@@ -25,7 +25,7 @@ from vitq_kernels.compare_jobs import Job, plan_jobs
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
 from vitq_kernels.convert import quantize
 from vitq_kernels.distributed import from_first, in_order
-from vitq_kernels.models import answer, model_sites
+from vitq_kernels.models import UnsupportedModelError, answer, model_sites
 from vitq_kernels.planning import allocate, measure_errors
 from vitq_kernels.presets import simulate
 from vitq_kernels.relevance import relevance
@@ -143,6 +143,11 @@ class _Bench:
         self._folder = TemporaryDirectory()
         self.cache = cache or Path(self._folder.name) / "sensitivity.jsonl"
         self.sites: tuple[Site, ...] = model_sites(model)
+        if not any(site.kind == "head" for site in self.sites):
+            raise UnsupportedModelError(
+                "compare: model must have a classifier, whose decisions are what is compared; "
+                "evaluate(..., features=True) compares the features of models without one"
+            )
         self.device = next(model.parameters()).device
         self.reference, self.labels = self._answers(model)
         if len(self.reference) < 2:  # a standard error needs them

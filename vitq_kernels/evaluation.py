@@ -25,6 +25,7 @@ class Evaluation:
     agreement: float | None  # percent of images with the same first class
     kl: float | None
     images_per_s: float  # of the evaluated model alone; of all processes together, by the slowest one's seconds
+    cosine: float | None = None  # of feature extractors with a float model: mean cosine of the features of an image
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -41,6 +42,7 @@ class _Counts:
     float_correct: int = 0
     agreed: int = 0
     divergence: float = 0.0
+    cosine: float = 0.0
 
     def add(self, other: _Counts) -> None:
         for field in fields(self):
@@ -53,6 +55,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     *,
     float_model: nn.Module | None = None,
+    features: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Runs a model, and the float one beside it, over (images, labels) batches on the model's device.
@@ -64,6 +67,8 @@ def evaluate(
         model: images [b, C, H, W] to logits [b, classes].
         batches: labels int64 [b], or None where there are none. Of a sequence a process reads its own batches alone.
         float_model: to compare with.
+        features: the models answer with features instead of logits, [b, C] or [b, S, C]. Then labels are ignored, and
+            their cosine is what there is to compare.
         progress: called with the number of images done.
 
     Raises:
@@ -79,7 +84,8 @@ def evaluate(
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         reference = None if float_model is None else answer(float_model, x).float()
-        return _counts(logits, reference, batch[1]), seconds
+        counts = _feature_counts(logits, reference) if features else _counts(logits, reference, batch[1])
+        return counts, seconds
 
     total = _Counts()
     seconds = [0.0] * world_size()
@@ -94,7 +100,7 @@ def evaluate(
     def percent(count: int, of: int, known: bool = True) -> float | None:
         return 100.0 * count / of if known and of else None
 
-    compared = float_model is not None
+    compared = float_model is not None and not features
     return Evaluation(
         total.images,
         percent(total.correct, total.labelled),
@@ -102,7 +108,19 @@ def evaluate(
         percent(total.agreed, total.images, compared),
         total.divergence / total.images if compared else None,
         total.images / max(seconds),
+        total.cosine / total.images if features and float_model is not None else None,
     )
+
+
+def _feature_counts(found: Tensor, reference: Tensor | None) -> _Counts:
+    """Of one batch of features, float32 [b, ...]."""
+    counts = _Counts(images=len(found))
+    if reference is not None:
+        if reference.shape != found.shape:
+            shapes = f"{list(reference.shape)} and {list(found.shape)}"
+            raise ValueError(f"float_model and model must have features of the same shape, got {shapes}")
+        counts.cosine = float(F.cosine_similarity(found.flatten(1), reference.flatten(1)).sum())
+    return counts
 
 
 def _counts(logits: Tensor, reference: Tensor | None, labels: Tensor | None) -> _Counts:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +22,7 @@ from vitq_kernels.fisher import FISHER, drawn_classes, log_probability_start
 from vitq_kernels.lrp_rules import COMPOSITES
 from vitq_kernels.models import UnsupportedModelError, model_parts, model_sites
 from vitq_kernels.relevance_program import run_with_rules
+from vitq_kernels.relevance_target import Target, feature_gradient
 from vitq_kernels.spec import Site
 
 Method = Literal["attnlrp", "chefer", "fisher"]
@@ -42,10 +43,12 @@ class Relevance:
     flow: Mapping[str, float]  # Σ|R| at the site over Σ|R| at the logits, per image (methods.md 1); fisher: Σ in nats
     mean_score: Mapping[str, float]  # mean of the signed R, over Σ_sites |mean| (D1, LRP-QViT's literal score)
     row_flow: Mapping[str, Sequence[float]]  # flow of each output row of each linear; a site's rows add up to its flow
+    target: Target = "logit"  # where it started; "logits" above are then the features
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("tokens", self.tokens, get_args(Tokens))
+        _check_choice("target", self.target, get_args(Target))
         if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:
             raise ValueError(f"Relevance.images must be a positive integer, got {self.images!r}")
         object.__setattr__(self, "row_flow", {name: tuple(rows) for name, rows in self.row_flow.items()})
@@ -69,13 +72,14 @@ class Relevance:
     def from_json(cls, text: str) -> Relevance:
         """Reads ``to_json`` text; raises ValueError that says what is wrong with it."""
         try:
-            payload = json.loads(text)
+            payload = {"target": "logit", **json.loads(text)}  # files from before there were others
             return cls(**{f.name: payload[f.name] for f in fields(cls)})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a relevance: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
-        lines = [f"{self.method} relevance, {self.tokens} tokens, {self.images} images"]
+        of = "relevance" if self.target == "logit" else f"relevance of {self.target}"
+        lines = [f"{self.method} {of}, {self.tokens} tokens, {self.images} images"]
         lines.append(f"{'site':24} {'flow':>10} {'mean score':>11} {'rows':>6} {'in top 10% of rows':>19}")
         for name, flow in self.flow.items():
             rows = sorted(self.row_flow.get(name, ()), reverse=True)
@@ -92,6 +96,8 @@ def relevance(
     batch_size: int = 16,
     tokens: Tokens = "all",
     labels: Tensor | None = None,
+    target: Target = "logit",
+    references: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Relevance:
     """Relevance of every site, and of every output row of every linear, for the decisions on ``images``.
@@ -112,6 +118,10 @@ def relevance(
             embedding has patch tokens only.
         labels: integers [n], the class whose logit is explained; None for the model's own decision, the largest logit.
             A flow is a fraction of that logit, so a label whose logit is near 0 weighs its image heavily.
+        target: what is explained: "logit", of the class above, or, for feature extractors too, "feature_norm" or
+            "similarity" of the pooled feature (relevance_target.py). Heads then take no part: their flows are 0.
+        references: float [n, C], for "similarity": what each feature is compared with, such as the embedding of a
+            text; None for the float feature itself.
         progress: called after each pass with the images done and their total.
 
     Raises:
@@ -122,25 +132,42 @@ def relevance(
     _check_choice("tokens", tokens, get_args(Tokens))
     parts = model_parts(model, strict=True)
     weight = parts.patch_proj.weight
-    if not parts.heads:
-        raise UnsupportedModelError("head: the model has no classifier; relevance starts from a logit")
+    _check_choice("target", target, get_args(Target))
+    if target == "logit" and not parts.heads:
+        raise UnsupportedModelError(
+            "head: the model has no classifier whose logit target='logit' could explain; "
+            "give target='feature_norm' or 'similarity'"
+        )
+    if target != "logit" and (rules is FISHER or labels is not None):
+        other = "labels" if labels is not None else "method 'fisher'"
+        raise ValueError(f"relevance: target must be 'logit' with {other}, which are of classes, got {target!r}")
     if weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"relevance: model must have float32 or float64 weights, got {weight.dtype}")
     if tokens == "class" and parts.prefix_tokens == 0:
         raise ValueError("relevance: tokens must be 'image' or 'all' for a model without a class token, got 'class'")
     batches = _batches(images, parts.patch_proj.in_channels, batch_size)
     count = sum(len(batch) for batch in batches)
-    classes = next(iter(parts.heads.values())).out_features
+    classes = next(iter(parts.heads.values())).out_features if parts.heads else 0
     if labels is not None:
         _check_labels(labels, count, classes)
+    if references is not None:
+        _check_references(references, count, target)
     sites = model_sites(model)
 
     def attribute(part: tuple[Tensor, Tensor | None]) -> tuple[int, _Totals]:
-        batch, label = part
+        batch, label = part  # a target's references travel as labels do
         totals = _Totals(sites, tokens)
         pixels = batch.detach().to(weight.device, weight.dtype, copy=True).requires_grad_()
-        logits = run_with_rules(parts, rules, pixels, totals.add)
-        if rules is FISHER:
+        logits = run_with_rules(parts, rules, pixels, totals.add, features=target != "logit")
+        if target != "logit":
+            if label is not None and label.shape != logits.shape:
+                width, got = logits.shape[1], list(label.shape)
+                raise ValueError(f"relevance: references must be float [n, {width}], one an image, got a batch {got}")
+            gradient = feature_gradient(logits, target, label)
+            value = logits.detach() * gradient
+            start = value if rules is METHODS["chefer"] else gradient
+            totals.start = value.abs().sum(1).cpu()
+        elif rules is FISHER:
             label = drawn_classes(logits) if label is None else label.to(weight.device).long()
             start = log_probability_start(logits, label)
             totals.start = torch.ones(len(batch))  # nats: images count by what their decisions can lose
@@ -152,8 +179,8 @@ def relevance(
         return len(batch), totals
 
     chosen: Sequence[Tensor | None] = [None] * len(batches)
-    if labels is not None:
-        chosen = labels.split([len(batch) for batch in batches])
+    if (given := references if labels is None else labels) is not None:
+        chosen = given.split([len(batch) for batch in batches])
     done = 0
     # A caller's no_grad, inference_mode or autocast must not reach the pass; inference_mode(False) also ends no_grad.
     with _eval_mode(parts.model), torch.inference_mode(False), torch.autocast(weight.device.type, enabled=False):
@@ -163,7 +190,7 @@ def relevance(
             done += size
             if progress is not None:
                 progress(done, count)
-    return totals.result(method, count)
+    return replace(totals.result(method, count), target=target)
 
 
 class _Totals:
@@ -223,6 +250,14 @@ def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"relevance: {argument} must be one of {choices}, got {value!r}")
     return str(value)
+
+
+def _check_references(references: Tensor, count: int, target: Target) -> None:
+    if target != "similarity":
+        raise ValueError(f"relevance: references are for target 'similarity', got target {target!r}")
+    if not references.is_floating_point() or references.ndim != 2 or len(references) != count:
+        got = f"{references.dtype} {list(references.shape)}"
+        raise ValueError(f"relevance: references must be float [{count}, C], one an image, got {got}")
 
 
 def _check_labels(labels: Tensor, count: int, classes: int) -> None:

@@ -21,8 +21,10 @@ from vitq_kernels.windows import merged_patches
 Visit = Callable[[str, Tensor, int], None]
 
 
-def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: Visit) -> Tensor:
-    """Logits [B, classes] of the model, in functions whose backward is the relevance rule.
+def run_with_rules(
+    parts: ModelParts, rules: Composite, images: Tensor, visit: Visit, *, features: bool = False
+) -> Tensor:
+    """Logits [B, classes] of the model, or its features [B, C], in functions whose backward is the relevance rule.
 
     ``torch.autograd.grad(logits, images, start)`` then calls ``visit`` at every site, from the head to the patch
     embedding, and returns what flows back to the pixels (``rules.relevance(images, ...)`` is their relevance).
@@ -32,6 +34,7 @@ def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: V
         rules: one function for every operation.
         images: normalised, of the weights' dtype, [B, C, H, W], requiring grad.
         visit: see ``Visit``.
+        features: stop in front of the heads, at what they read (the mean of it where there are several).
     """
 
     def site(name: str, output: Tensor, prefix: int = parts.prefix_tokens) -> Tensor:
@@ -56,9 +59,9 @@ def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: V
     def read_by(head: str) -> Callable[[Tensor], Tensor]:
         return lambda tokens: parts.head_inputs(tokens)[head]
 
-    features = rules.patch_embed(parts.pixels(images), parts.patch_proj)
-    grid = (features.shape[-2], features.shape[-1])
-    x = norm("patch_embed.norm", site(parts.patch_name, features.flatten(2).transpose(1, 2), 0))
+    embedded = rules.patch_embed(parts.pixels(images), parts.patch_proj)
+    grid = (embedded.shape[-2], embedded.shape[-1])
+    x = norm("patch_embed.norm", site(parts.patch_name, embedded.flatten(2).transpose(1, 2), 0))
     with torch.no_grad():  # what is added to patches of zeros: the prefix tokens and the position embedding
         constant = parts.embed(torch.zeros_like(x), grid)
     # The sums of Chefer's Add run over the patch tokens; in Chefer's code also over the class token, which is constant.
@@ -74,11 +77,13 @@ def run_with_rules(parts: ModelParts, rules: Composite, images: Tensor, visit: V
             raise UnsupportedModelError(f"{step.name}: {parts.left_in_float[step.name]} has no relevance rule")
     x = norm("norm", x)
     outputs = []
-    for name, head in parts.heads.items():
+    with torch.no_grad():
+        reads = list(parts.head_inputs(x)) if features else list(parts.heads)
+    for name in reads:
         pooled = norm("fc_norm", rules.pool(x, read_by(name)))
         if pooled.ndim != 2:
-            raise UnsupportedModelError("global_pool: a model that does not pool its tokens has no logit to start from")
-        outputs.append(site(name, rules.linear(pooled, head)))
+            raise UnsupportedModelError("global_pool: a model that does not pool its tokens has nothing to start from")
+        outputs.append(pooled if features else site(name, rules.linear(pooled, parts.heads[name])))
     return outputs[0] if len(outputs) == 1 else rules.scale(reduce(rules.add, outputs), 1 / len(outputs))
 
 
