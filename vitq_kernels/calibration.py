@@ -172,12 +172,12 @@ class Calibrator:
         )
 
     def _tau_error(self, block: BlockParts) -> Tensor:
-        """Of maps of several sizes, the mean over the images."""
+        """Of images of several sizes, the mean over the images."""
         kept, attn = self._whole_qkv[f"{block.name}.attn.qkv"], block.attn
         images = sum(len(tensor) for _, tensor in kept)
         errors = []
-        for windows in dict.fromkeys(windows for windows, _ in kept):
-            qkv = torch.cat([tensor for own, tensor in kept if own == windows])
+        for windows, tokens in dict.fromkeys((windows, tensor.shape[1]) for windows, tensor in kept):
+            qkv = torch.cat([t for own, t in kept if (own, t.shape[1]) == (windows, tokens)])
             error = tau_errors(*attn.heads(qkv, windows), attn.softmax_scale, attn.bias_of(windows))
             errors.append(error * (len(qkv) / images))
         return torch.stack(errors).sum(0)
