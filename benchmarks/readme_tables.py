@@ -2,15 +2,16 @@
 
     python -m benchmarks.readme_tables
 
-Accuracy: ``accuracy.py``. Speed: whole models and kernels of every device with a results file (``speed_tables.py``);
-while none of them is a GPU, README says so and shows what the compilers made (``compiled_tables.py``).
+Accuracy: ``accuracy.py``, of a Swin ``digits_swin.py``. Speed: whole models and kernels of every device with a results
+file (``speed_tables.py``); while none of them is a GPU, README says so and shows what the compilers made
+(``compiled_tables.py``).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import accuracy, compiled_tables, speed_tables
+from benchmarks import accuracy, compiled_tables, digits_swin, speed_tables
 from vitq_kernels.files import write_text
 
 README = Path(__file__).parents[1] / "README.md"
@@ -23,7 +24,11 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     parts = [speed_tables.text(measured)] if measured else []
     if not any(speed_tables.is_gpu(rows) for rows in measured.values()):
         parts.append(compiled_tables.text(results))
-    return {"accuracy": accuracy.table(results / accuracy.ROWS.name), "speed": "\n".join(parts)}
+    return {
+        "accuracy": accuracy.table(results / accuracy.ROWS.name),
+        "swin": digits_swin.table(results / digits_swin.RESULT.name),
+        "speed": "\n".join(parts),
+    }
 
 
 def with_tables(readme: str, parts: dict[str, str]) -> str:

@@ -11,15 +11,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vitq_kernels.data import digits_images, load_digits_vit, preprocess_digits
+from vitq_kernels.data import digits_images, load_digits_swin, load_digits_vit, preprocess_digits
 
 FOLDER = files("vitq_kernels.data")
 SIZES = {"calibration": 128, "test": 500}
+MODELS = {"vit": load_digits_vit, "swin": load_digits_swin}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def metadata() -> dict[str, str]:
-    with safe_open(FOLDER / "digits_vit.safetensors", framework="pt") as file:
+def metadata(kind: str) -> dict[str, str]:
+    with safe_open(FOLDER / f"digits_{kind}.safetensors", framework="pt") as file:
         return file.metadata()
 
 
@@ -30,10 +36,10 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def correct() -> int:
+def correct(kind: str) -> int:
     images, labels = digits_images("test")
     with torch.inference_mode():
-        return int((load_digits_vit()(images).argmax(dim=1) == labels).sum())
+        return int((MODELS[kind]()(images).argmax(dim=1) == labels).sum())
 
 
 def test_model_reaches_98_percent_of_the_test_images(correct: int) -> None:
@@ -44,25 +50,27 @@ def test_model_has_the_accuracy_its_file_states_to_the_image(correct: int, metad
     assert correct == round(float(metadata["float_top1"]) * SIZES["test"])
 
 
-def test_readme_states_the_same_accuracy(correct: int) -> None:
+def test_readme_states_the_same_accuracy(kind: str, correct: int) -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert f"{correct} of the {SIZES['test']} test images ({100 * correct / SIZES['test']:.1f} %)" in text
+    name = {"vit": "ViT", "swin": "Swin"}[kind]
+    assert f"{name}: {correct} of the {SIZES['test']} test images ({100 * correct / SIZES['test']:.1f} %)" in text
 
 
-def test_model_is_float32_in_eval_mode_and_fresh_each_time() -> None:
-    model = load_digits_vit()
+def test_model_is_float32_in_eval_mode_and_fresh_each_time(kind: str) -> None:
+    model = MODELS[kind]()
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.no_grad():
-        model.head.weight.zero_()
-    assert load_digits_vit().head.weight.abs().sum() > 0
+        model.norm.weight.zero_()
+    assert MODELS[kind]().norm.weight.abs().sum() > 0
 
 
-def test_metadata_says_how_to_build_the_model(metadata: dict[str, str]) -> None:
+def test_metadata_says_how_to_build_the_model(kind: str, metadata: dict[str, str]) -> None:
     config: dict[str, Any] = json.loads(metadata["config"])
     assert metadata["seed"] == "0"
-    model = load_digits_vit()
-    assert (model.embed_dim, len(model.blocks)) == (config["embed_dim"], config["depth"])
+    assert MODELS[kind]().embed_dim == config["embed_dim"]
+    if kind == "swin":  # windows are shifted, mask and all
+        assert any(any(block.shift_size) for stage in load_digits_swin().layers for block in stage.blocks)
 
 
 @pytest.mark.parametrize("split", SIZES)
@@ -108,6 +116,9 @@ def test_preprocessing_keeps_constant_images_and_the_block_centres_of_a_ramp() -
     torch.testing.assert_close(blocks, torch.arange(1, 7) / 8 - 1)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("digits_vit.safetensors", 1_000_000), ("digits.npz", 100_000)])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("digits_vit.safetensors", 1_000_000), ("digits_swin.safetensors", 600_000), ("digits.npz", 100_000)],
+)
 def test_file_is_small(name: str, limit: int) -> None:
     assert len((FOLDER / name).read_bytes()) <= limit

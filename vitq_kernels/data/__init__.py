@@ -1,13 +1,13 @@
-"""The embedded model and images of ``vitq demo``: a small ViT trained on scikit-learn's handwritten digits.
+"""The embedded models and images: a small ViT, that of ``vitq demo``, and a small Swin, trained on handwritten digits.
 
-Origin, licence and accuracy: ``README.md`` beside this file. Made by ``benchmarks/train_digits_vit.py``.
+Origin, licence and accuracy: ``README.md`` beside this file. Made by ``benchmarks/train_digits.py``.
 """
 
 from __future__ import annotations
 
 import json
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
 
-__all__ = ["digits_images", "load_digits_vit", "preprocess_digits"]
+__all__ = ["digits_images", "load_digits_swin", "load_digits_vit", "preprocess_digits"]
 
 
 def preprocess_digits(pixels: Tensor) -> Tensor:
@@ -46,11 +48,27 @@ def load_digits_vit() -> VisionTransformer:
     """
     from timm.models.vision_transformer import VisionTransformer  # slow to import: only who asks for it pays
 
-    with as_file(files(__name__) / "digits_vit.safetensors") as path:
+    return _trained(VisionTransformer, "digits_vit.safetensors")
+
+
+def load_digits_swin() -> SwinTransformer:
+    """The embedded timm Swin (10 digits) in eval mode, float32 on the CPU.
+
+    Example:
+        >>> load_digits_swin().embed_dim
+        32
+    """
+    from timm.models.swin_transformer import SwinTransformer
+
+    return _trained(SwinTransformer, "digits_swin.safetensors")
+
+
+def _trained(cls: type[nn.Module], name: str) -> Any:
+    with as_file(files(__name__) / name) as path:
         with safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["config"])
         state = load_file(path)
-    model = VisionTransformer(**config)
+    model = cls(**config)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
