@@ -56,6 +56,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "siglip-features": lambda: _clip("Siglip", "gelu_pytorch_tanh", vision_use_head=False),
     "siglip": lambda: _classifying("Siglip"),
 }
+# Grids of 8x8 tokens in windows of 4x4, then one such window: maps, not rows of tokens.
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+SWINS: dict[str, Callable[[], nn.Module]] = {
+    "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN, **LABELS)),
+    "swin-features": lambda: transformers.SwinModel(
+        transformers.SwinConfig(**SWIN, use_absolute_embeddings=True, qkv_bias=False)
+    ),
+}
 # A part of these stays in float.
 PARTLY: dict[str, Callable[[], nn.Module]] = {
     "vit-pooler": lambda: transformers.ViTModel(transformers.ViTConfig(**WIDE, pooler_output_size=20)),
@@ -65,7 +73,7 @@ PARTLY: dict[str, Callable[[], nn.Module]] = {
 
 def hf_model(kind: str) -> nn.Module:
     """In eval mode, scaled as ``small_vits.small_vit``: outlier channels in norms, both signs in layer scales."""
-    model = (MODELS | PARTLY)[kind]().eval()
+    model = (MODELS | SWINS | PARTLY)[kind]().eval()
     with torch.no_grad():
         for index, (name, parameter) in enumerate(model.named_parameters()):
             unit = uniform(-1.7, 1.7, parameter.shape, index)

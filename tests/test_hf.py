@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from small_hf import MODELS, PARTLY, hf_images, hf_model, transformers
+from small_hf import MODELS, PARTLY, SWIN, SWINS, hf_images, hf_model, transformers
+from small_swins import swin, swin_images
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -18,11 +20,13 @@ import vitq_kernels as vitq
 from tests.numerics import assert_bitwise_equal
 from tests.small_vits import mixed_allocation, quietly, small_vit
 from vitq_kernels.evaluation import evaluate
+from vitq_kernels.lrp_rules import ATTNLRP
 from vitq_kernels.models import UnsupportedModelError, answer, build_model, model_config, model_parts, model_sites
 from vitq_kernels.nn import QuantBlock, QuantPatchEmbed
 from vitq_kernels.presets import simulate
+from vitq_kernels.relevance_program import run_with_rules
 
-ALL = [*MODELS, *PARTLY]
+ALL = [*MODELS, *SWINS, *PARTLY]
 
 
 @functools.cache
@@ -135,7 +139,7 @@ def test_w8a8_is_close_to_float(kind: str) -> None:
 def test_every_layer_is_integer(kind: str) -> None:
     model = quantized(kind)
     parts = model_parts(hf_model(kind))
-    assert sum(isinstance(m, QuantBlock) for m in model.modules()) == 2
+    assert sum(isinstance(m, QuantBlock) for m in model.modules()) == (4 if kind in SWINS else 2)
     assert sum(isinstance(m, QuantPatchEmbed) for m in model.modules()) == 1
     assert type(model).__name__ == type(hf_model(kind)).__name__
     floats = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -318,7 +322,7 @@ def test_relevance_scores_allocate() -> None:
 
 
 @pytest.mark.parametrize("method", ["attnlrp", "chefer", "fisher"])
-@pytest.mark.parametrize("kind", ["vit", "deit-teacher", "dinov2", "clip", "siglip"])
+@pytest.mark.parametrize("kind", ["vit", "deit-teacher", "dinov2", "clip", "siglip", "swin"])
 def test_relevance_leaves_no_site_out(kind: str, method: str) -> None:
     model = hf_model(kind)
     scores = vitq.relevance(model, hf_images(2), method=method)
@@ -382,6 +386,76 @@ def test_a_linear_of_another_type_is_named() -> None:
 def test_images_of_another_size_are_refused_by_relevance() -> None:
     with pytest.raises(ValueError, match=r"images must be \(32, 32\) pixels for this model, got \(40, 32\)"):
         vitq.relevance(hf_model("vit"), torch.zeros(1, 3, 40, 32))
+
+
+@pytest.mark.parametrize("kind", SWINS)
+def test_steps_of_swin_are_in_forward_order(kind: str) -> None:
+    parts = model_parts(hf_model(kind))
+    assert [step.name.removeprefix("swin.") for step in parts.steps][1:4] == [
+        "encoder.layers.0.blocks.1.block",
+        "encoder.layers.0.downsample.merging",
+        "encoder.layers.1.blocks.0.block",
+    ]
+    assert [block.attn.windows.shift for block in parts.blocks] == [(0, 0), (2, 2), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("kind", SWINS)
+def test_the_relevance_program_of_swin_is_the_forward(kind: str) -> None:
+    model, images = hf_model(kind), hf_images(2).requires_grad_()
+    parts = model_parts(model)
+    found = run_with_rules(parts, ATTNLRP, images, lambda *_: None, features=not parts.heads)
+    torch.testing.assert_close(found, answer(model, images), rtol=1e-5, atol=1e-5)
+
+
+def test_timm_swin_with_the_same_weights_gives_the_same_integers() -> None:
+    source = swin("shifted")
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN, num_labels=10)).eval()
+    state = source.state_dict()
+    pairs = {
+        "swin.embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "swin.embeddings.norm": "patch_embed.norm",
+        "swin.layernorm": "norm",
+        "classifier": "head.fc",
+        "swin.encoder.layers.0.downsample.norm": "layers.1.downsample.norm",
+        "swin.encoder.layers.0.downsample.reduction": "layers.1.downsample.reduction",
+    }
+    inside = {
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "attention.o_proj": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    with torch.no_grad():
+        for i, j in product(range(2), range(2)):
+            theirs, ours = f"swin.encoder.layers.{i}.blocks.{j}", f"layers.{i}.blocks.{j}"
+            pairs |= {f"{theirs}.{a}": f"{ours}.{b}" for a, b in inside.items()}
+            attention = model.get_submodule(f"{theirs}.attention")
+            table = state[f"{ours}.attn.relative_position_bias_table"]
+            attention.relative_position_bias.relative_position_bias_table.copy_(table)
+            for name in ("weight", "bias"):
+                for part, chunk in zip("qkv", state[f"{ours}.attn.qkv.{name}"].chunk(3), strict=True):
+                    getattr(getattr(attention, f"{part}_proj"), name).copy_(chunk)
+        for theirs, ours in pairs.items():
+            for name, parameter in model.get_submodule(theirs).named_parameters():
+                parameter.copy_(state[f"{ours}.{name}"])
+        images = swin_images("shifted")
+        torch.testing.assert_close(model(images).logits, source(images), rtol=1e-4, atol=1e-5)
+        expected, found = vitq.quantize(source, images), vitq.quantize(model, images)
+        assert_bitwise_equal(found(images).logits, expected(images))
+
+
+def test_a_swin_of_partial_windows_is_refused() -> None:
+    config = transformers.SwinConfig(
+        image_size=40, patch_size=4, embed_dim=16, depths=[2], num_heads=[1], window_size=4, num_labels=3
+    )
+    with pytest.raises(UnsupportedModelError, match=r"a map of \(10, 10\) tokens is not whole windows of 4x4"):
+        model_parts(transformers.SwinForImageClassification(config))
+
+
+def test_a_swin_refuses_other_maps() -> None:
+    with pytest.raises(ValueError, match=r"images must make a map of \(8, 8\) tokens here, got \(12, 8\)"):
+        quantized("swin")(torch.zeros(1, 3, 48, 32))
 
 
 def test_rotation_and_presets_are_of_timm() -> None:

@@ -57,6 +57,8 @@ HF_FAMILY_OF = {
     "CLIPForImageClassification": "hf_clip",
     "SiglipVisionModel": "hf_clip",
     "SiglipForImageClassification": "hf_clip",
+    "SwinForImageClassification": "hf_swin",
+    "SwinModel": "hf_swin",
 }
 
 

@@ -60,13 +60,16 @@ class LayerNames:
     scale2: str | None = None
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A copy of the module tree on the same parameters and buffers; what replaces a module of one leaves the other."""
+def twin(model: nn.Module, *, layers_are_replaced: bool = True) -> nn.Module:
+    """A copy of the module tree on the same parameters and buffers; what replaces a module of one leaves the other.
+
+    ``layers_are_replaced``: those whose outputs transformers records will be, and the new ones are to be hooked again.
+    """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
     for module in result.modules():
-        # transformers hooks the layers in the first call that asks for their outputs; those that replace them are new
-        if getattr(module, "_output_capturing_hooks_installed", False):
+        # transformers hooks the layers in the first call that asks for their outputs
+        if layers_are_replaced and getattr(module, "_output_capturing_hooks_installed", False):
             module._output_capturing_hooks_installed = False
     return result
 
@@ -99,7 +102,7 @@ def _timm_block(name: str, layer: nn.Module, names: LayerNames) -> Block:
     block.attn.scale = scale
     block.attn.qkv = fused_linear(f"{name}.{names.attention}", attn.q_proj, attn.k_proj, attn.v_proj)
     block.attn.proj = getattr(attn, names.out)
-    block.mlp = _timm_mlp(layer.mlp, block.mlp)
+    block.mlp = timm_mlp(layer.mlp, block.mlp)
     for ours, theirs in (("ls1", names.scale1), ("ls2", names.scale2)):
         if theirs is not None:
             scaled = LayerScale(dim, device="meta")
@@ -108,7 +111,7 @@ def _timm_block(name: str, layer: nn.Module, names: LayerNames) -> Block:
     return block.train(layer.training)
 
 
-def _timm_mlp(mlp: nn.Module, result: nn.Module) -> nn.Module:
+def timm_mlp(mlp: nn.Module, result: nn.Module) -> nn.Module:
     """timm's Mlp, or its SwiGLU where the layer has a gate."""
     if hasattr(mlp, "gate_proj"):
         with torch.device("meta"):

@@ -73,14 +73,14 @@ def cut(model: SwinTransformer) -> SwinParts:
             name = f"layers.{index}.{suffix}"
             if isinstance(module, nn.Identity):
                 continue
-            if reason := _why_unsupported(module):
+            if reason := why_no_step(module):
                 left[name] = reason
                 steps.append(FloatStep(name))
             elif isinstance(module, PatchMerging):
                 rows, columns = stage.output_resolution
                 steps.append(MergingParts(name, rows * columns, module.norm, module.reduction))
             else:
-                steps.append(_block_parts(name, module))
+                steps.append(block_parts(name, module))
     heads, others = {}, {}
     if type(model.head) is ClassifierHead:
         heads, others = classifiers(model.head, ("fc",))
@@ -91,7 +91,7 @@ def cut(model: SwinTransformer) -> SwinParts:
     return SwinParts(model, "patch_embed.proj", conv, patches, tuple(steps), heads, left | others, token_map=True)
 
 
-def _why_unsupported(block: nn.Module) -> str | None:
+def why_no_step(block: nn.Module) -> str | None:
     """The first feature of a block or a merging that the integer kernels lack, or None."""
     if type(block) is PatchMerging:
         return why_no_layers(block, ("norm",), ("reduction",))
@@ -102,7 +102,8 @@ def _why_unsupported(block: nn.Module) -> str | None:
     return why_no_mlp(block.mlp) or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
 
 
-def _block_parts(name: str, block: SwinTransformerBlock) -> BlockParts:
+def block_parts(name: str, block: SwinTransformerBlock) -> BlockParts:
+    """Of a block of which ``why_no_step`` has nothing to say."""
     attn = block.attn
     head_dim = attn.qkv.out_features // (3 * attn.num_heads)
     grid = tuple(block.input_resolution)
