@@ -51,15 +51,11 @@ def test_w8a8_is_near_the_float_model(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [7, 12], ids=["7-of-224", "12-of-384"])
-def test_the_published_shapes_keep_their_logits(window: int) -> None:
-    """Swin-Tiny of 224 pixels, and its widths in windows of 12 on 384 pixels cut to one block of a kind."""
-    arguments = {} if window == 7 else {"img_size": 384, "window_size": 12, "depths": (2, 1, 1, 1)}
-    model = realistic(timm.create_model("swin_tiny_patch4_window7_224", **arguments).eval())
-    generator = torch.Generator().manual_seed(3)
-    size = model.patch_embed.img_size
-    images = torch.randn(6, 3, *size, generator=generator)
-    found = vitq.quantize(model, images[:4], batch_size=4)(images)
+def test_swin_tiny_keeps_its_logits() -> None:
+    """The published shapes, outlier channels of eight times the range; the last image is not of the calibration."""
+    model = realistic(timm.create_model("swin_tiny_patch4_window7_224").eval())
+    images = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    found = vitq.quantize(model, images[:2])(images)
     assert F.cosine_similarity(found, model(images)).min() >= 0.999
 
 
