@@ -217,7 +217,7 @@ def calibrate(
     """Runs the float model over the images and returns what it saw.
 
     Args:
-        model: a timm VisionTransformer in eval mode.
+        model: of a supported family (README, Which models), in eval mode.
         images: float [n, C, H, W], normalised as the model expects; or batches of them.
         batch_size: images a forward.
         seed: of the token sample.

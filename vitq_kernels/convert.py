@@ -48,7 +48,7 @@ def quantize(
     """The same model on integer modules; the float model is left as it is.
 
     Args:
-        model: a timm VisionTransformer (ViT, DeiT) with finite weights.
+        model: of a supported family of timm or transformers (README, Which models), with finite weights.
         images: float [n, C, H, W] calibration images, normalised as the model expects, or batches of them. They
             give the ranges (unless ``stats`` does), and weights and biases are fitted on them.
         allocation: widths of every site; uniform W8A8 if None.

@@ -106,7 +106,7 @@ def relevance(
     processes (distributed.py), and every process returns the whole relevance.
 
     Args:
-        model: a timm VisionTransformer of float32 or float64 weights, every block of which is supported. Its
+        model: of a supported family, with float32 or float64 weights, every block of which is supported. Its
             parameters, buffers, gradients, flags and hooks come back as they were; dropout is off during the run.
         images: normalised images, float [n, C, H, W], or an iterable of such batches; held in memory. Every image is
             attributed by itself: neither batches nor their order change its relevance beyond float rounding.

@@ -50,7 +50,7 @@ def sensitivity(
     In an initialised process group the runs are shared between the processes (distributed.py).
 
     Args:
-        model: a timm VisionTransformer of float32 or float64 weights, every block of which is supported. It is left as
+        model: of a supported family, with float32 or float64 weights, every block of which is supported. It is left as
             it is.
         images: normalised images, float [n, C, H, W], or batches of them; held in memory.
         part: "weight": sites are the linears of the blocks, activations stay float. "activation": every site of the
