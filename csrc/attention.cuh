@@ -83,6 +83,16 @@ __device__ __forceinline__ uint32_t levels_of(const Levels& levels, const uint32
   return levels.count > 8 ? levels_of<16>(levels, code) : levels_of<8>(levels, code);
 }
 
+// A number of both of the lane's rows, over the 4 lanes that share them.
+template <class Operation>
+__device__ __forceinline__ void over_row(int32_t (&x)[2], const Operation& operation) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    x[r] = operation(x[r], shuffle_xor(x[r], 1));
+    x[r] = operation(x[r], shuffle_xor(x[r], 2));
+  }
+}
+
 // Values of four keys and 8 channels.
 struct KeyQuad {
   uint2 keys[4];

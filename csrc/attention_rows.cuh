@@ -121,16 +121,16 @@ struct AttentionRows {
   }
 
   // A thread's share of a tile of values: 4 keys of 8 channels a unit.
-  __device__ __forceinline__ void load_values(int tile, uint2 (&raw)[kValueUnits][4]) const {
+  __device__ __forceinline__ void load_values(int tile, KeyQuad (&raw)[kValueUnits]) const {
 #pragma unroll
     for (int u = 0; u < kValueUnits; ++u) {
       const int unit = threadIdx.x + u * kThreads, channel = unit / (kKeys / 4) * 8;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = tile * kKeys + unit % (kKeys / 4) * 4 + i;
-        raw[u][i] = {0, 0};
+        raw[u].keys[i] = {0, 0};
         if (key < with.sequence && channel < with.padded_dim) {
-          raw[u][i] = *reinterpret_cast<const uint2*>(values + token(key) * with.v.position + channel);
+          raw[u].keys[i] = *reinterpret_cast<const uint2*>(values + token(key) * with.v.position + channel);
         }
       }
     }

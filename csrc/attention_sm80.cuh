@@ -118,18 +118,7 @@ struct Attention {
     }
   }
 
-  // A number of both of the lane's rows, over the 4 lanes that share them.
-  template <class Operation>
-  static __device__ __forceinline__ void over_row(int32_t (&x)[2], const Operation& operation) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      x[r] = operation(x[r], shuffle_xor(x[r], 1));
-      x[r] = operation(x[r], shuffle_xor(x[r], 2));
-    }
-  }
-  static __device__ __forceinline__ void largest_of_row(int32_t (&x)[2]) {
-    over_row(x, [](int32_t a, int32_t b) { return a > b ? a : b; });
-  }
+  static __device__ __forceinline__ void largest_of_row(int32_t (&x)[2]) { over_row(x, larger); }
   static __device__ __forceinline__ void sum_of_row(int32_t (&x)[2]) {
     over_row(x, [](int32_t a, int32_t b) { return a + b; });
   }
@@ -167,7 +156,7 @@ struct Attention {
     return rest / 2 * 8 + channel / of_lane * 2 + rest % 2;
   }
 
-  __device__ __forceinline__ void store_values(const uint2 (&raw)[kValueUnits][4]) const {
+  __device__ __forceinline__ void store_values(const KeyQuad (&raw)[kValueUnits]) const {
     unsigned char* target = shared + 2 * kKeyBytes;
 #pragma unroll
     for (int u = 0; u < kValueUnits; ++u) {
@@ -175,12 +164,8 @@ struct Attention {
       if (channel >= with.padded_dim) continue;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const uint32_t pair = c % 4 | (c % 4 + 4) << 4;
-        const auto word = [&](int i) { return c < 4 ? raw[u][i].x : raw[u][i].y; };
-        const uint32_t column =
-            permute_bytes(permute_bytes(word(0), word(1), pair), permute_bytes(word(2), word(3), pair), 0x5410);
         *reinterpret_cast<uint32_t*>(target + swizzled<kKeys>(value_row(channel + c), quad / 4) + quad % 4 * 4) =
-            column;
+            raw[u].of_channel(static_cast<unsigned>(c));
       }
     }
   }
@@ -222,7 +207,7 @@ struct Attention {
   template <class LevelsOfTile>
   __device__ __forceinline__ void weigh(int tile, int32_t (&o)[kValueFragments][4],
                                         const LevelsOfTile& levels_of_tile) {
-    uint2 raw[kValueUnits][4];
+    KeyQuad raw[kValueUnits];
     rows.load_values(tile, raw);
     uint32_t level[kPairs][2];
     levels_of_tile(level);

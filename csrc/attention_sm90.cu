@@ -274,16 +274,6 @@ __device__ __forceinline__ void store(const Arguments& with, const Item& item, i
   }
 }
 
-// A number of both of the lane's rows, over the 4 lanes that share them.
-template <class Operation>
-__device__ __forceinline__ void over_row(int32_t (&x)[2], const Operation& operation) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    x[r] = operation(x[r], shuffle_xor(x[r], 1));
-    x[r] = operation(x[r], shuffle_xor(x[r], 2));
-  }
-}
-
 // A tile of queries; the next turn's queries are on their way from the last product of this one's on.
 template <class S>
 __device__ __forceinline__ void attend(const Arguments& with, const Ring<S>& ring, const Turn& turn, const Turn& next,
