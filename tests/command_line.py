@@ -46,7 +46,7 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        for name in ("vitq_test_tiny", "vitq_test_deep", "vitq_test_qknorm", "vitq_test_swin")
+        for name in ("vitq_test_tiny", "vitq_test_deep", "vitq_test_elu", "vitq_test_swin")
     }
 )
 
@@ -62,10 +62,10 @@ def vitq_test_deep(pretrained: bool = False, **arguments: Any) -> nn.Module:
 
 
 @register_model
-def vitq_test_qknorm(pretrained: bool = False, **arguments: Any) -> nn.Module:
+def vitq_test_elu(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """One block that has no integer form, one that has."""
-    model = make_model("vitq_test_qknorm", pretrained, arguments)
-    model.blocks[1].attn.q_norm = nn.LayerNorm(16)
+    model = make_model("vitq_test_elu", pretrained, arguments)
+    model.blocks[1].mlp.act = nn.ELU()
     return model
 
 
@@ -132,7 +132,7 @@ def make_files(folder: Path) -> Path:
     torch.save({"state_dict": weights}, folder / "state_dict.pth")
     save_file(small_vit(4, depth=3).state_dict(), folder / "deep.safetensors")
     save_file(small_vit(4, num_classes=7).state_dict(), folder / "seven.safetensors")
-    save_file(timm.create_model("vitq_test_qknorm").state_dict(), folder / "qknorm.safetensors")
+    save_file(timm.create_model("vitq_test_elu").state_dict(), folder / "elu.safetensors")
 
     (folder / "calibration").mkdir()
     for index in range(12):

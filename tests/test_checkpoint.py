@@ -258,7 +258,7 @@ def test_a_missing_folder_is_named(mixed: nn.Module, tmp_path: Path) -> None:
 
 def partly_float() -> nn.Module:
     model = small_vit()
-    model.blocks[1] = small_vit(1, qk_norm=True).blocks[1]
+    model.blocks[1] = small_vit(1, act_layer="elu").blocks[1]
     return quietly(quantize, model, variant_images(count=4))
 
 

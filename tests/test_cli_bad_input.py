@@ -45,8 +45,8 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
         r"--checkpoint \S+ does not fit resnet18: it lacks conv1.weight, \S+, \S+ and \d+ more; it has unknown",
     ),
     "model-part-has-no-integer-form": (
-        "quantize vitq_test_qknorm --weight-bits 4 --calibration {work}/flat --checkpoint {work}/qknorm.safetensors",
-        r"blocks.1: Attention.q_norm \(qk-norm or scaled norm\) has no integer form",
+        "quantize vitq_test_elu --weight-bits 4 --calibration {work}/flat --checkpoint {work}/elu.safetensors",
+        r"blocks.1: activation ELU has no integer form",
     ),
     "checkpoint-missing": (
         QUANTIZE + " --weight-bits 4 --checkpoint {tmp}/[bold]none.pth",

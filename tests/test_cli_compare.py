@@ -139,8 +139,8 @@ def test_a_mistake_is_one_line(options: tuple[object, ...], message: str, work: 
 
 
 def test_a_part_that_stays_float_is_refused(work: Path, tmp_path: Path) -> None:
-    save_file(timm.create_model("vitq_test_qknorm").state_dict(), tmp_path / "qknorm.safetensors")
-    command = [word if word != "vitq_test_tiny" else "vitq_test_qknorm" for word in words(work)]
-    result = invoke(*command, "--checkpoint", tmp_path / "qknorm.safetensors", "--methods", "uniform")
+    save_file(timm.create_model("vitq_test_elu").state_dict(), tmp_path / "elu.safetensors")
+    command = [word if word != "vitq_test_tiny" else "vitq_test_elu" for word in words(work)]
+    result = invoke(*command, "--checkpoint", tmp_path / "elu.safetensors", "--methods", "uniform")
     assert result.code == 2
     assert "blocks.1" in result.err

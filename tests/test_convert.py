@@ -717,9 +717,9 @@ def test_the_record_says_how_it_was_made() -> None:
 
 
 def partly_supported() -> nn.Module:
-    """Block 1 has qk-norm, block 2 post-norm."""
+    """Block 1 has an activation without a gate, block 2 post-norm."""
     model = small_vit(depth=4)
-    model.blocks[1] = small_vit(1, qk_norm=True).blocks[1]
+    model.blocks[1] = small_vit(1, act_layer="elu").blocks[1]
     model.blocks[2] = small_vit(2, block_fn=ResPostBlock).blocks[1]
     return model
 
@@ -729,7 +729,7 @@ def test_unsupported_blocks_stay_in_float_with_a_warning_each() -> None:
     with pytest.warns(UserWarning, match="stays in float") as caught:
         qmodel = quantize(model, images)
     assert sorted(str(w.message) for w in caught) == [
-        "blocks.1 stays in float: Attention.q_norm (qk-norm or scaled norm) has no integer form",
+        "blocks.1 stays in float: activation ELU has no integer form",
         "blocks.2 stays in float: block type ResPostBlock has no integer form",
     ]
     assert {w.filename for w in caught} == {__file__}  # the caller's line
@@ -741,7 +741,7 @@ def test_unsupported_blocks_stay_in_float_with_a_warning_each() -> None:
 
 
 def test_strict_refuses_a_model_with_unsupported_blocks() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.1: Attention\.q_norm .* \(2 such parts\)"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1: activation ELU .* \(2 such parts\)"):
         quantize(partly_supported(), variant_images(), strict=True)
 
 

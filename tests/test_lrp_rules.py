@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq_kernels.lrp_rules import ATTNLRP, CHEFER, chefer, stable_divide
+from vitq_kernels.lrp_attnlrp import ATTNLRP
+from vitq_kernels.lrp_chefer import CHEFER, chefer
+from vitq_kernels.lrp_composite import stable_divide
 
 
 @pytest.fixture(autouse=True)
@@ -150,10 +152,10 @@ LAYER_NORM = nn.LayerNorm(6, eps=1e-3, dtype=torch.float64)
 nn.init.normal_(LAYER_NORM.weight)
 nn.init.normal_(LAYER_NORM.bias)
 ELEMENTWISE = {
-    "gelu": (lambda rules, x: rules.gelu(x, "none"), F.gelu),
-    "gelu-tanh": (lambda rules, x: rules.gelu(x, "tanh"), lambda x: F.gelu(x, approximate="tanh")),
+    "gelu": (lambda rules, x: rules.activation(x, "gelu"), F.gelu),
+    "gelu-tanh": (lambda rules, x: rules.activation(x, "gelu_tanh"), lambda x: F.gelu(x, approximate="tanh")),
     "softmax": (lambda rules, x: rules.softmax(x), lambda x: x.softmax(-1)),
-    "layer-norm": (lambda rules, x: rules.layer_norm(x, LAYER_NORM), LAYER_NORM),
+    "layer-norm": (lambda rules, x: rules.norm(x, LAYER_NORM), LAYER_NORM),
     "scale": (lambda rules, x: rules.scale(x, 0.125), lambda x: x * 0.125),
     "layer-scale": (lambda rules, x: rules.scale(x, torch.arange(-2.0, 4.0)), lambda x: x * torch.arange(-2.0, 4.0)),
 }
@@ -228,10 +230,11 @@ def test_attnlrp_identity_rule(name: str) -> None:
     close(actual, relevance)
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_attnlrp_gelu_at_zero(approximate: str) -> None:
+@pytest.mark.parametrize(("name", "limit"), [("gelu", 0.5), ("gelu_tanh", 0.5), ("silu", 0.5), ("relu", 0.0)], ids=str)
+def test_attnlrp_activation_at_zero(name: str, limit: float) -> None:
     x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.grad(ATTNLRP.gelu(x, approximate).sum(), x)[0].item() == 0.5  # the limit of gelu(x)/x
+    found = torch.autograd.grad(ATTNLRP.activation(x, name).sum(), x)[0].item()
+    assert found == limit  # of activation(x)/x
 
 
 def test_attnlrp_softmax_is_the_taylor_rule() -> None:
@@ -244,7 +247,7 @@ def test_attnlrp_softmax_is_the_taylor_rule() -> None:
 
 def test_attnlrp_layer_norm_takes_the_normaliser_as_a_constant() -> None:
     x, relevance = randn(2, 6), randn(2, 6)
-    (actual,) = pull(lambda v: ATTNLRP.layer_norm(v, LAYER_NORM), [x], relevance, ATTNLRP)
+    (actual,) = pull(lambda v: ATTNLRP.norm(v, LAYER_NORM), [x], relevance, ATTNLRP)
     for s in range(2):
         std = (x[s].var(unbiased=False) + LAYER_NORM.eps).sqrt()
         centring = torch.eye(6, dtype=torch.float64) - 1 / 6
@@ -262,8 +265,8 @@ def test_attnlrp_conserves_the_logit_at_every_cut(bias: bool) -> None:
             nn.init.normal_(parameter)
     x = randn(1, 8, 8).requires_grad_()
     h1 = ATTNLRP.linear(x, first)
-    h2 = ATTNLRP.gelu(h1, "none")
-    h3 = ATTNLRP.layer_norm(h2, norm)
+    h2 = ATTNLRP.activation(h1, "gelu")
+    h3 = ATTNLRP.norm(h2, norm)
     h4 = ATTNLRP.add(h2, h3)
     h5 = ATTNLRP.matmul(h4, h4.mT)
     h6 = ATTNLRP.linear(h5, second)

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from random_vits import VARIANTS, make_vit
-from timm.layers import LayerNorm, Mlp, RmsNorm, SwiGLU
+from timm.layers import GatedMlp, GluMlp, LayerNorm, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
@@ -214,14 +214,14 @@ def set_on(path: str, make: Callable[[], nn.Module]) -> Callable[[nn.Module], No
 
 
 PARTLY = {
-    "qk-norm": (lambda: one_block_from(qk_norm=True), "Attention.q_norm"),
-    "scaled-attention-norm": (lambda: one_block_from(scale_attn_norm=True), "Attention.norm"),
-    "scaled-mlp-norm": (lambda: one_block_from(scale_mlp_norm=True), "Mlp.norm"),
-    "swiglu": (lambda: one_block_from(mlp_layer=SwiGLU, mlp_ratio=2), "MLP type SwiGLU"),
+    "odd-query-norm": (lambda: with_block(set_on("attn.q_norm", lambda: nn.Tanh())), "attn.q_norm of type Tanh"),
+    "odd-attention-norm": (lambda: with_block(set_on("attn.norm", lambda: nn.Tanh())), "attn.norm of type Tanh"),
+    "odd-mlp-norm": (lambda: with_block(set_on("mlp.norm", lambda: nn.Tanh())), "mlp.norm of type Tanh"),
+    "gated-mlp-of-another-kind": (lambda: one_block_from(mlp_layer=GatedMlp), "MLP type GatedMlp"),
     "post-norm": (lambda: one_block_from(block_fn=ResPostBlock), "block type ResPostBlock"),
-    "rms-norm": (lambda: one_block_from(norm_layer=RmsNorm), "norm1 of type RmsNorm"),
-    "relu": (lambda: one_block_from(act_layer="relu"), "activation ReLU"),
-    "quick-gelu": (lambda: one_block_from(act_layer="quick_gelu"), "activation QuickGELU"),
+    "odd-norm": (lambda: with_block(set_on("norm1", lambda: nn.Tanh())), "norm1 of type Tanh"),
+    "elu": (lambda: one_block_from(act_layer="elu"), "activation ELU"),
+    "sigmoid-gate": (lambda: one_block_from(mlp_layer=GluMlp, act_layer=nn.Sigmoid), "activation Sigmoid"),
     "gated": (lambda: with_block(lambda b: setattr(b.attn, "gate", nn.Linear(32, 32))), "gated attention"),
     "other-attention": (lambda: with_block(set_on("attn", lambda: nn.Identity())), "attention type Identity"),
     "other-layer-scale": (lambda: with_block(set_on("ls2", lambda: nn.Linear(32, 32))), "ls2 of type Linear"),
@@ -287,7 +287,7 @@ REFUSED = {
         r"got SwinTransformerV2; replace_linears\(\)",
     ),
     "subclass": (lambda: OtherVit(img_size=16, embed_dim=16, depth=1, num_heads=1), "got OtherVit"),
-    "all-blocks": (lambda: make_vit(qk_norm=True), "no block of the model has an integer form: .*q_norm"),
+    "all-blocks": (lambda: make_vit(act_layer="elu"), "no block of the model has an integer form: .*ELU"),
     "hybrid-embedding": (
         lambda: timm.create_model("vit_small_r26_s32_224"),
         "patch_embed must be a timm PatchEmbed, got HybridEmbed",
@@ -321,7 +321,7 @@ def test_a_model_without_integer_form_is_refused(case: str) -> None:
 def test_blocks_of_two_gelus_cannot_be_described() -> None:
     model = one_block_from(act_layer="gelu_tanh")
     assert [block.mlp.gelu for block in model_parts(model).blocks] == ["none", "tanh"]
-    with pytest.raises(UnsupportedModelError, match="blocks must share one form of GELU"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks must have one form to be described, got .*gelu_tanh"):
         model_config(model)
 
 

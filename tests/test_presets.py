@@ -336,9 +336,10 @@ def test_numbers_that_are_not_finite_are_refused(where: str, value: float) -> No
         simulate(model, images, "repq-vit", 4, 4)
 
 
-def test_a_model_without_sites_for_a_part_is_refused() -> None:
+@pytest.mark.parametrize("odd", [{"act_layer": "elu"}, {"qk_norm": True}, {"act_layer": "silu"}], ids=str)
+def test_a_block_that_is_not_one_of_vit_is_refused(odd: dict) -> None:
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0"):
-        simulate(small_vit(qk_norm=True), variant_images(count=2), "repq-vit", 4, 4)
+        simulate(small_vit(**odd), variant_images(count=2), "repq-vit", 4, 4)
 
 
 # What goes into modules.

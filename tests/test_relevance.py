@@ -182,11 +182,11 @@ def test_bad_input_is_named(arguments: dict, message: str) -> None:
 
 
 BAD_MODELS = {
-    "qk-norm": ({"qk_norm": True}, UnsupportedModelError, r"blocks\.0: Attention\.q_norm"),
+    "elu": ({"act_layer": "elu"}, UnsupportedModelError, r"blocks\.0: activation ELU"),
     "no-classifier": ({"num_classes": 0}, UnsupportedModelError, "head: the model has no classifier"),
     "no-pooling": ({"global_pool": ""}, UnsupportedModelError, "global_pool"),
     "map-pooling": ({"global_pool": "map"}, UnsupportedModelError, "attn_pool"),
-    "odd-norm": ({"embed_norm_layer": nn.RMSNorm}, UnsupportedModelError, r"patch_embed\.norm: RMSNorm"),
+    "odd-norm": ({"embed_norm_layer": "batchnorm1d"}, UnsupportedModelError, r"patch_embed\.norm: BatchNorm1d"),
     "half": ({"dtype": torch.float16}, ValueError, "float32 or float64 weights, got torch.float16"),
     "no-class-token": (
         {"class_token": False, "global_pool": "avg", "tokens": "class"},

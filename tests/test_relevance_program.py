@@ -14,7 +14,8 @@ from random_vits import VARIANTS, make_images, make_vit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vitq_kernels.lrp_rules import ATTNLRP, CHEFER
+from vitq_kernels.lrp_attnlrp import ATTNLRP
+from vitq_kernels.lrp_chefer import CHEFER
 from vitq_kernels.models import model_parts, model_sites
 from vitq_kernels.relevance import relevance
 from vitq_kernels.relevance_program import run_with_rules

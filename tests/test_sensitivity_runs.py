@@ -338,4 +338,4 @@ def test_half_precision_is_refused(model: nn.Module, images: Tensor) -> None:
 
 def test_a_part_without_an_integer_form_is_refused(images: Tensor) -> None:
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0"):
-        measured(small_vit(qk_norm=True), images)
+        measured(small_vit(act_layer="elu"), images)

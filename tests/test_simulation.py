@@ -70,4 +70,4 @@ def test_a_mask_is_refused() -> None:
 
 def test_a_model_with_parts_without_sites_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0"):
-        simulated(small_vit(qk_norm=True))
+        simulated(small_vit(act_layer="elu"))

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from vitq_kernels.compensation import BlockOutputs, Stream
 from vitq_kernels.models import AttentionParts, BlockParts
-from vitq_kernels.nn import QuantAttention, QuantLinear, QuantWindowAttention
+from vitq_kernels.nn import (
+    InnerNorm,
+    PositionBias,
+    QuantAttention,
+    QuantLinear,
+    QuantWindowAttention,
+    QueryKeyCodes,
+)
 from vitq_kernels.quantizers import (
     AffineQuantizer,
     affine_quantizer,
@@ -17,8 +24,8 @@ from vitq_kernels.quantizers import (
     log2_steps,
     query_key_scales,
 )
-from vitq_kernels.site_converter import SiteConverter
-from vitq_kernels.spec import MIN_BITS, QuantFormat
+from vitq_kernels.site_converter import SiteConverter, float_norm
+from vitq_kernels.spec import MAX_BITS, MIN_BITS, QuantFormat
 from vitq_kernels.windows import BIAS_LIMIT
 
 # Logits that a bias must be able to say. They are 144 octaves and the levels of a probability have 8, so what is masked
@@ -37,7 +44,8 @@ def convert_attention(
     """qkv, integer attention and proj (semantics S4); the stream moves on behind it.
 
     Keys are centred by their mean, which softmax does not see; values by the middle of their range, which comes
-    back through proj's bias.
+    back through proj's bias. Where q and k are normed or turned, or a norm stands before proj, that is float between
+    integer products.
 
     Args:
         sites: what is known of the model.
@@ -52,7 +60,7 @@ def convert_attention(
     heads, dim = attn.num_heads, attn.head_dim
     code_bits, av_bits = sites.bits[qk].activation, sites.bits[av].activation
     low, high = stats.qkv[qkv_site].choose(code_bits, sites.config)
-    _, key_mean, _ = stats.output_mean[qkv_site].chunk(3)
+    _, key_mean, _ = stats.mean_of_qkv(qkv_site).chunk(3)
     middle = ((low + high) / 2).chunk(3)[2]
     centre = torch.cat((torch.zeros_like(middle), key_mean, middle))
     radius = torch.maximum((low - centre).abs(), (high - centre).abs())
@@ -64,37 +72,54 @@ def convert_attention(
     entering = [x if attn.windows is None else attn.windows_of(x).pad(x, padding) for x in inputs]
     folded = sites.fold(qkv_site, attn.qkv, quantizer, entering, targets=[w.qkv for w in wanted])
     out_scale = torch.cat((q_scale, k_scale, v_scale))
-    qkv = QuantLinear(
-        folded.weight,
-        folded.multiplier(out_scale),
-        folded.bias_q(centre),
-        "codes",
-        zero_point=torch.zeros_like(folded.zero_sum, dtype=torch.int32),
-        out_bits=code_bits,
-        input_bits=folded.input_bits,
-    )
+    codes_of_qkv = None
+    if attn.fused:
+        qkv = QuantLinear(
+            folded.weight,
+            folded.multiplier(out_scale),
+            folded.bias_q(centre),
+            "codes",
+            zero_point=torch.zeros_like(folded.zero_sum, dtype=torch.int32),
+            out_bits=code_bits,
+            input_bits=folded.input_bits,
+        )
+    else:
+        value_centre = torch.cat((torch.zeros_like(middle), torch.zeros_like(middle), middle))
+        qkv = sites.real_linear(folded, None, value_centre)
+        codes_of_qkv = _query_key_codes(attn, (1.0 / out_scale.double()).float(), key_mean, code_bits)
     tau_index = stats.tau_error[av][av_bits - MIN_BITS].argmin(0)
     tau = [log2_steps(av_bits)[i] for i in tau_index.tolist()]
     octaves = attn.softmax_scale * math.log2(math.e)
     kappa = score_scale.double() * octaves / torch.tensor(tau, dtype=torch.float64, device=score_scale.device)
-    out = sites.quantizer(proj_site, "proj", shift=middle)
+    # What attention puts out enters proj, or a norm before it, in 8 bits then.
+    if attn.norm is None:
+        norm, out = None, sites.quantizer(proj_site, "proj", shift=middle)
+    else:
+        low, high = stats.inputs[av].choose(MAX_BITS, sites.config)
+        out = affine_quantizer(low - middle, high - middle, MAX_BITS)
+        shift = middle.double() - out.scale.double() * out.zero_point
+        written, into_proj = sites.norm(attn.norm, proj_site, "proj")
+        norm = InnerNorm(out.scale, shift.float(), written)
     shape = (heads, dim)
     tables = (
         kappa.float(),
         torch.stack([log2_levels(av_bits, t) for t in tau]).to(kappa.device),
         (v_scale.double() / out.scale.double()).float().view(shape),
         out.zero_point.view(shape),
+        out.bits,
     )
     # proj is qkv until the codes that enter it exist
     if attn.windows is None:
-        result = QuantAttention(qkv, qkv, *tables, out.bits)
+        bias = None if attn.grid is None else PositionBias(_score_units(attn, score_scale), attn.grid)
+        result = QuantAttention(qkv, qkv, *tables, codes_of_qkv, norm, bias)
     else:
-        bias_q = _score_units(attn, score_scale)
-        result = QuantWindowAttention(qkv, qkv, *tables, out.bits, bias_q, padding, attn.windows)
-    codes = [result.attend(x) for x in inputs]
+        result = QuantWindowAttention(qkv, qkv, *tables, _score_units(attn, score_scale), padding, attn.windows)
+    codes = [result.attend(x) if attn.rope is None else result.attend(x, attn.rope.table) for x in inputs]
     # What the residual stream lacks, the errors of the blocks before included.
     targets = [w.middle - x for w, x in zip(wanted, stream, strict=bool(wanted))]
     scale = block.layer_scale1
+    if norm is not None:
+        out, middle = into_proj, torch.zeros_like(middle)
     proj = sites.fold(proj_site, attn.proj, out, codes, targets=targets, layer_scale=scale, shift=middle)
     result.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual", input_bits=proj.input_bits)
     stream[:] = map(result.proj, codes, stream)
@@ -113,3 +138,9 @@ def _score_units(attn: AttentionParts, score_scale: Tensor) -> Tensor:
     """The bias table in units of the integer score, int32 [T, H]."""
     units = attn.bias_table.detach().double() / (score_scale.double() * attn.softmax_scale)
     return units.round().clamp(-BIAS_LIMIT, BIAS_LIMIT).int()
+
+
+def _query_key_codes(attn: AttentionParts, inv_scale: Tensor, key_mean: Tensor, bits: int) -> QueryKeyCodes:
+    norms = [None if norm is None else float_norm(norm) for norm in (attn.q_norm, attn.k_norm)]
+    rope = (0, False) if attn.rope is None else (attn.rope.prefix, attn.rope.half)
+    return QueryKeyCodes(attn.num_heads, inv_scale, key_mean, bits, *norms, *rope)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,18 +21,25 @@ from vitq_kernels.windows import Windows
 SAMPLE_TOKENS = 4096  # tokens kept per tensor for percentiles: 126 MB a block of ViT-B
 ATTENTION_IMAGES = 8  # images kept whole for the choice of tau
 _RANGE_GROUPS = ("inputs", "qkv")
-_TENSOR_GROUPS = ("output_mean", "tau_error")
+_TENSOR_GROUPS = ("output_mean", "tau_error", "qkv_mean")
 
 
 @dataclass(frozen=True)
 class CalibrationStats:
     """What conversion needs to know of the float model's activations. Keys are site names."""
 
-    inputs: Mapping[str, RangeStats]  # of each linear, per input channel; image channels for the patch embedding
+    # Of each linear, per input channel; image channels for the patch embedding. Where a norm stands between attention
+    # and proj, also of what enters that norm, under the name of the av site.
+    inputs: Mapping[str, RangeStats]
     output_mean: Mapping[str, Tensor]  # of each linear, float32 [N], over all tokens and images
-    qkv: Mapping[str, RangeStats]  # of each qkv linear's output, [3 * H * D]
+    qkv: Mapping[str, RangeStats]  # of q, k and v as attention multiplies them, by the qkv linear, [3 * H * D]
     tau_error: Mapping[str, Tensor]  # of each av site, [len(WIDTHS), steps, H], output error per log2_steps entry
     images: int = 0
+    qkv_mean: Mapping[str, Tensor] = field(default_factory=dict)  # where q or k are normed or turned, [3 * H * D]
+
+    def mean_of_qkv(self, site: str) -> Tensor:
+        """Mean of q, k and v as attention multiplies them, float32 [3 * H * D]."""
+        return self.qkv_mean.get(site, self.output_mean[site])
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
@@ -91,6 +98,7 @@ class Calibrator:
         self._generator = torch.Generator().manual_seed(seed)
         self._inputs: dict[str, ChannelSample] = {}
         self._outputs: dict[str, ChannelSample] = {}
+        self._codes: dict[str, ChannelSample] = {}  # of q, k and v where they are not what qkv puts out
         self._whole_qkv: dict[str, list[tuple[Windows | None, Tensor]]] = {}
         self._windows: dict[str, Windows] = {}  # by block, of the map at hand
         self._handles: list[Any] = []
@@ -102,10 +110,14 @@ class Calibrator:
         for block in parts.blocks:
             if block.attn.windows is not None:
                 self._watch_map(block)
+        readers = parts.readers
         for name, module in parts.linears.items():
-            self._watch(module, name, inside.get(module))
+            self._watch(module, name, inside.get(module), readers[name])
         for name, head in parts.heads.items():
             self._watch(head, name)
+        for block in parts.blocks:
+            if block.attn.norm is not None:
+                self._watch_input(block.attn.norm, f"{block.name}.attn.av")
         return self
 
     def __exit__(
@@ -123,13 +135,15 @@ class Calibrator:
 
         self._handles.append(self.parts.model.get_submodule(block.name).register_forward_pre_hook(hook))
 
-    def _watch(self, module: nn.Module, name: str, attention: BlockParts | None = None) -> None:
-        """``attention``: the block whose qkv or proj the module is."""
+    def _watch(
+        self, module: nn.Module, name: str, attention: BlockParts | None = None, reader: nn.Module | None = None
+    ) -> None:
+        """``attention``: the block whose qkv or proj the module is; ``reader``: as of ``ModelParts``."""
         image = isinstance(module, nn.Conv2d)
         whole = attention is not None and module is attention.attn.qkv
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            x, y = args[0].detach().float(), out.detach().float()
+        def hook(called: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x, y = args[0].detach().float(), (out if called is module else module(args[0])).detach().float()
             windows = None if attention is None else self._windows.get(attention.name)
             if windows is not None:  # [B * W, S, C]
                 x, y = (windows.scatter(t.unflatten(0, (-1, windows.count))) for t in (x, y))
@@ -139,15 +153,26 @@ class Calibrator:
             if image:
                 self.seen += x.shape[0]
                 x, y = x.movedim(1, -1), y.movedim(1, -1)
-            if whole:
+            if attention is not None and whole:
                 kept = self._whole_qkv.setdefault(name, [])
                 room = ATTENTION_IMAGES - sum(len(t) for _, t in kept)
                 if room > 0:
                     kept.append((windows, y[:room]))
+                if not attention.attn.fused:
+                    codes = torch.cat([attention.attn.merged(t, windows) for t in attention.attn.heads(y, windows)], -1)
+                    self._sample(self._codes, name, codes).add(codes.flatten(0, -2), keep, self._generator)
             self._sample(self._inputs, name, x).add(x.flatten(0, -2), keep, self._generator)
             self._sample(self._outputs, name, y).add(y.flatten(0, -2), keep if whole else 0, self._generator)
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._handles.append((reader or module).register_forward_hook(hook))
+
+    def _watch_input(self, module: nn.Module, name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().float()
+            keep = self._keep * x.shape[0]
+            self._sample(self._inputs, name, x).add(x.flatten(0, -2), keep, self._generator)
+
+        self._handles.append(module.register_forward_pre_hook(hook))
 
     @staticmethod
     def _sample(samples: dict[str, ChannelSample], name: str, x: Tensor) -> ChannelSample:
@@ -166,9 +191,10 @@ class Calibrator:
         return CalibrationStats(
             inputs={name: sample.ranges() for name, sample in self._inputs.items()},
             output_mean={name: sample.mean for name, sample in self._outputs.items()},
-            qkv={name: self._outputs[name].ranges() for name in self._whole_qkv},
+            qkv={name: self._codes.get(name, self._outputs[name]).ranges() for name in self._whole_qkv},
             tau_error={f"{block.name}.attn.av": self._tau_error(block) for block in self.parts.blocks},
             images=self.seen,
+            qkv_mean={name: sample.mean for name, sample in self._codes.items()},
         )
 
     def _tau_error(self, block: BlockParts) -> Tensor:
@@ -254,7 +280,7 @@ def input_covariances(
         def hook(_: nn.Module, args: tuple[Tensor, ...], moment: InputMoments = moment) -> None:
             moment.add(args[0].float().flatten(0, -2))
 
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(parts.readers[name].register_forward_pre_hook(hook))
     try:
         for batch in batches:
             parts.model(batch)

@@ -25,7 +25,7 @@ class BlockOutputs:
 
     qkv: Tensor  # [B, L, ...] of the padded map where attention is in windows
     middle: Tensor  # the residual stream after attention
-    fc1: Tensor  # before GELU
+    fc1: Tensor  # before the activation
     out: Tensor  # the residual stream behind the block
 
 
@@ -37,10 +37,12 @@ def float_block(block: BlockParts, x: Tensor) -> BlockOutputs:
     qkv = attn.qkv(y if windows is None else windows.pad(y))
     q, k, v = attn.heads(qkv, windows)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn.bias_of(windows), scale=attn.softmax_scale)
-    y = attn.proj(attn.merged(attended, windows))
+    attended = attn.merged(attended, windows)
+    y = attn.proj(attended if attn.norm is None else attn.norm(attended))
     middle = x + (y if block.layer_scale1 is None else y * block.layer_scale1)
     fc1 = mlp.fc1(block.norm2(middle))
-    y = mlp.fc2(F.gelu(fc1, approximate=mlp.gelu))
+    hidden = mlp.hidden(fc1)
+    y = mlp.fc2(hidden if mlp.norm is None else mlp.norm(hidden))
     return BlockOutputs(qkv, middle, fc1, middle + (y if block.layer_scale2 is None else y * block.layer_scale2))
 
 

@@ -118,9 +118,9 @@ def _convert(
         elif isinstance(step, MergingParts):
             model.set_submodule(step.name, converter.merging(step, stream))
         else:
-            module = model.get_submodule(step.name)
-            stream = [module(x) for x in stream]
-            converter.float_stream = [module(x) for x in converter.float_stream]
+            called = parts.called(step)
+            stream = [called(x) for x in stream]
+            converter.float_stream = [called(x) for x in converter.float_stream]
         report(len(tuple(step.sites)))
     features: dict[str, Stream] = {name: [] for name in parts.heads}
     handles = [

@@ -11,7 +11,7 @@ from vitq_kernels.calibration import CalibrationStats
 from vitq_kernels.compensation import Stream, float_block
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.mlp_converter import convert_mlp
-from vitq_kernels.models import BlockParts, MergingParts, ModelParts
+from vitq_kernels.models import BlockParts, MergingParts, ModelParts, UnsupportedModelError
 from vitq_kernels.nn import (
     QuantBlock,
     QuantizeInput,
@@ -57,23 +57,25 @@ class Converter(SiteConverter):
     def block(self, block: BlockParts, stream: Stream) -> QuantBlock:
         """A transformer block, given the residual stream that enters it; the stream comes out behind the block."""
         wanted, entering = [float_block(block, x) for x in self.float_stream], list(stream)
-        norm1, q1 = self.layernorm(block.norm1, f"{block.name}.attn.qkv", "qkv")
+        norm1, q1 = self.norm(block.norm1, f"{block.name}.attn.qkv", "qkv")
         attn = convert_attention(self, block, q1, [norm1(x) for x in stream], stream, wanted)
-        norm2, q2 = self.layernorm(block.norm2, f"{block.name}.mlp.fc1", "fc1")
+        norm2, q2 = self.norm(block.norm2, f"{block.name}.mlp.fc1", "fc1")
         mlp = convert_mlp(self, block, q2, [norm2(x) for x in stream], stream, wanted)
         self.float_stream = [block.out for block in wanted]
         result = QuantBlock(norm1, attn, norm2, mlp)
         if entering and self.config.reconstruction:
+            if not block.plain:
+                raise UnsupportedModelError(f"reconstruction: {block.name} must be a block as of ViT, with LayerNorms")
             weights = [self.token_weights(x) for x in entering]
             reconstruct(result, entering, self.float_stream, weights, self.config.reconstruction)
-            stream[:] = map(result, entering)
+            stream[:] = [result(x, **block.arguments) for x in entering]
         return result
 
     def merging(self, merging: MergingParts, stream: Stream) -> QuantPatchMerging:
         """A patch merging, given the stream that enters it; the stream comes out behind it."""
         wanted = [merging.reduction(merging.norm(merged_patches(x))) for x in self.float_stream]
         name, linear = next(iter(merging.linears.items()))
-        norm, quantizer = self.layernorm(merging.norm, name, "reduction")
+        norm, quantizer = self.norm(merging.norm, name, "reduction")
         codes = [norm(merged_patches(x)) for x in stream]
         folded = self.fold(name, linear, quantizer, codes, targets=wanted)
         result = QuantPatchMerging(norm, self.real_linear(folded, None))

@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq_kernels.lrp_rules import ATTNLRP
+from vitq_kernels.activations import ACTIVATIONS
+from vitq_kernels.lrp_attnlrp import ATTNLRP
+from vitq_kernels.lrp_composite import plain_norm
 
 FISHER = replace(
     ATTNLRP,
     name="fisher",
     matmul=torch.matmul,
-    layer_norm=lambda x, layer: F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps),
-    gelu=lambda x, approximate: F.gelu(x, approximate=approximate),
+    norm=plain_norm,
+    activation=lambda x, name: ACTIVATIONS[name].function(x),
+    product=torch.mul,
     relevance=lambda value, gradient: (value * gradient).square(),
 )
 

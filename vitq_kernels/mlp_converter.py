@@ -10,7 +10,7 @@ from vitq_kernels.config import LEVEL_BITS
 from vitq_kernels.folding import FoldedLinear
 from vitq_kernels.levels import LevelHistogram, level_scale
 from vitq_kernels.models import BlockParts
-from vitq_kernels.nn import QuantLinear, QuantMlp
+from vitq_kernels.nn import HiddenCodes, QuantizeInput, QuantLinear, QuantMlp
 from vitq_kernels.quantizers import AffineQuantizer
 from vitq_kernels.site_converter import SiteConverter
 from vitq_kernels.spec import MAX_BITS
@@ -26,11 +26,17 @@ def convert_mlp(
 ) -> QuantMlp:
     """fc1 with GELU and channel-wise requantization in its epilogue, fc2 with the residual in its own.
 
+    Another activation, a gate or a norm stands in float between real outputs of fc1 and the codes of fc2.
+
     The arguments are those of ``convert_attention``.
     """
     site1, site2 = f"{block.name}.mlp.fc1", f"{block.name}.mlp.fc2"
     folded = sites.fold(site1, block.mlp.fc1, quantizer, inputs, targets=[w.fc1 for w in wanted])
-    if inputs and sites.config.gelu_levels and sites.bits[site2].activation <= LEVEL_BITS:
+    between = None
+    if block.mlp.gelu is None:
+        between, hidden = _hidden_codes(sites, block)
+        fc1 = sites.real_linear(folded, None)
+    elif inputs and sites.config.gelu_levels and sites.bits[site2].activation <= LEVEL_BITS:
         fc1, hidden = _gelu_levels(sites, block, folded, inputs)
     else:
         hidden = sites.quantizer(site2, "fc2")
@@ -45,12 +51,23 @@ def convert_mlp(
             gelu=block.mlp.gelu,
             input_bits=folded.input_bits,
         )
-    codes = [fc1(x) for x in inputs]
+    codes = [fc1(x) if between is None else between(fc1(x)) for x in inputs]
     targets = [w.out - x for w, x in zip(wanted, stream, strict=bool(wanted))]
     folded = sites.fold(site2, block.mlp.fc2, hidden, codes, targets=targets, layer_scale=block.layer_scale2)
     fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual", input_bits=folded.input_bits)
     stream[:] = map(fc2, codes, stream)
-    return QuantMlp(fc1, fc2)
+    return QuantMlp(fc1, fc2, between)
+
+
+def _hidden_codes(sites: SiteConverter, block: BlockParts) -> tuple[HiddenCodes, AffineQuantizer]:
+    """What makes fc2's codes of fc1's real outputs, and their quantizer."""
+    site, mlp = f"{block.name}.mlp.fc2", block.mlp
+    if mlp.norm is not None:
+        codes, hidden = sites.norm(mlp.norm, site, "fc2")
+    else:
+        hidden = sites.quantizer(site, "fc2")
+        codes = QuantizeInput(hidden.inv_scale, hidden.zero_point, hidden.bits)
+    return HiddenCodes(mlp.activation, mlp.gate, codes), hidden
 
 
 def _gelu_levels(

@@ -11,8 +11,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.lrp_rules import Composite
-from vitq_kernels.models import BlockParts, MergingParts, ModelParts, UnsupportedModelError
+from vitq_kernels.lrp_composite import Composite
+from vitq_kernels.models import NORMS, BlockParts, MergingParts, MlpParts, ModelParts, UnsupportedModelError
 from vitq_kernels.windows import merged_patches
 
 # Called with a site's name, its relevance, and how many of its tokens stand before the patch tokens. Tokens lie along
@@ -52,9 +52,9 @@ def run_with_rules(
         module = norms[name]
         if isinstance(module, nn.Identity):
             return x
-        if not isinstance(module, nn.LayerNorm):
+        if not isinstance(module, NORMS):
             raise UnsupportedModelError(f"{name}: {type(module).__name__} has no relevance rule")
-        return rules.layer_norm(x, module)
+        return rules.norm(x, module)
 
     def read_by(head: str) -> Callable[[Tensor], Tensor]:
         return lambda tokens: parts.head_inputs(tokens)[head]
@@ -89,23 +89,41 @@ def run_with_rules(
 
 def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
     attn, mlp = block.attn, block.mlp
-    y = rules.layer_norm(x, block.norm1)
+    y = rules.norm(x, block.norm1)
     windows = attn.windows_of(x)
     y = y if windows is None else windows.pad(y)
-    q, k, v = attn.heads(site(f"{block.name}.attn.qkv", rules.linear(y, attn.qkv)), windows)
+    qkv = site(f"{block.name}.attn.qkv", rules.linear(y, attn.qkv))
+    q, k, v = attn.split(qkv, windows)
+    q, k = _optional_norm(rules, q, attn.q_norm), _optional_norm(rules, k, attn.k_norm)
+    if attn.rope is not None:
+        q, k = rules.pool(q, attn.turned), rules.pool(k, attn.turned)
     logits = rules.scale(site(f"{block.name}.attn.qk", rules.matmul(q, k.mT)), attn.softmax_scale)
     bias = attn.bias_of(windows)
     if bias is not None:
         logits = rules.add(logits, bias.expand_as(logits))
     y = rules.matmul(rules.softmax(logits), v)
     y = site(f"{block.name}.attn.av", attn.merged(y, windows))
-    y = site(f"{block.name}.attn.proj", rules.linear(y, attn.proj))
+    y = site(f"{block.name}.attn.proj", rules.linear(_optional_norm(rules, y, attn.norm), attn.proj))
     x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
-    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.layer_norm(x, block.norm2), mlp.fc1))
-    y = site(f"{block.name}.mlp.fc2", rules.linear(rules.gelu(y, mlp.gelu), mlp.fc2))
+    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.norm(x, block.norm2), mlp.fc1))
+    y = _optional_norm(rules, _hidden(rules, y, mlp), mlp.norm)
+    y = site(f"{block.name}.mlp.fc2", rules.linear(y, mlp.fc2))
     return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))
 
 
 def _merging(rules: Composite, merging: MergingParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
-    y = rules.layer_norm(merged_patches(x), merging.norm)
+    y = rules.norm(merged_patches(x), merging.norm)
     return site(f"{merging.name}.reduction", rules.linear(y, merging.reduction))
+
+
+def _optional_norm(rules: Composite, x: Tensor, norm: nn.Module | None) -> Tensor:
+    return x if norm is None else rules.norm(x, norm)
+
+
+def _hidden(rules: Composite, x: Tensor, mlp: MlpParts) -> Tensor:
+    if mlp.gate is None:
+        return rules.activation(x, mlp.activation)
+    first, last = x.chunk(2, -1)
+    if mlp.gate == "first":
+        return rules.product(rules.activation(first, mlp.activation), last)
+    return rules.product(first, rules.activation(last, mlp.activation))

@@ -45,6 +45,9 @@ def rotate(model: nn.Module, seed: int = 0) -> nn.Module:
         )
     if not isinstance(parts, VitParts):
         raise UnsupportedModelError(f"rotate: model must be a timm VisionTransformer, got {type(model).__name__}")
+    for block in parts.blocks:
+        if not block.plain:
+            raise UnsupportedModelError(f"rotate: {block.name} must be a block as of ViT, with LayerNorms and one qkv")
     final_norm = _final_norm(parts)
     rotation = mean_keeping_rotation(parts.patch_proj.out_channels, seed).to(parts.patch_proj.weight.device)
     for tokens in result.parameters(recurse=False):  # class, distillation and register tokens, positions: [1, T, C]

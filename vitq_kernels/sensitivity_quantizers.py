@@ -87,6 +87,7 @@ class SiteQuantizers:
     def __init__(self, model: nn.Module, batches: list[Tensor], part: Part, config: QuantConfig) -> None:
         self.parts = model_parts(model, strict=True)
         self.blocks = {block.name: block for block in self.parts.blocks}
+        self.modules = {self.parts.patch_name: self.parts.patch_proj, **self.parts.linears, **self.parts.heads}
         self.part = part
         self.config = config
         self.stats = calibrate(model, batches)
@@ -100,7 +101,7 @@ class SiteQuantizers:
         weight = None
         quantizers: dict[str, nn.Module] = {}
         if self.part != "activation" and site.has_weight:
-            module = self.parts.model.get_submodule(site.name)
+            module = self.modules[site.name]
             weight = module.weight.detach() if bits is None else self.weight(site, module, bits)
         if self.part != "weight":
             if site.has_weight:
@@ -124,6 +125,8 @@ class SiteQuantizers:
         """Histograms of what enters every fc2, as conversion makes them of its own stream."""
         handles = []
         for block in self.parts.blocks:
+            if block.mlp.gelu is None:
+                continue
             site = f"{block.name}.mlp.fc2"
             histogram, scale = self.histograms.setdefault(site, LevelHistogram()), self.level_scale(site)
             channels = (block.mlp.fc2.weight.detach().float() * scale).square().sum(0)
@@ -184,7 +187,7 @@ class SiteQuantizers:
         """Of q, k and v: symmetric, k about its mean, v about the middle of its range; q and k equalised."""
         block = self.blocks[attention.rpartition(".")[0]]
         low, high = self.stats.qkv[f"{attention}.qkv"].choose(bits, self.config)
-        _, key_mean, _ = self.stats.output_mean[f"{attention}.qkv"].chunk(3)
+        _, key_mean, _ = self.stats.mean_of_qkv(f"{attention}.qkv").chunk(3)
         middle = ((low + high) / 2).chunk(3)[2]
         centres = (torch.zeros_like(middle), key_mean, middle)
         radii = torch.maximum((low - torch.cat(centres)).abs(), (high - torch.cat(centres)).abs()).chunk(3)

@@ -163,7 +163,7 @@ class _Bench:
         # The program of the parts, on the copy's modules.
         self.parts = replace(self.quantizers.parts, model=self.model)
         self.tokens = [self.parts.tokens(batch) for batch in batches]
-        self.steps = [self.model.get_submodule(step.name) for step in parts.steps]
+        self.steps = [self.parts.called(step) for step in parts.steps]
         self.step = 0  # which step they enter
         self.forms: dict[tuple[str, int], SiteForm] = {}  # of the sites of that step, as far as made
 

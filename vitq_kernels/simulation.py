@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq_kernels.models import MergingParts, model_parts
+from vitq_kernels.activations import hidden_features
+from vitq_kernels.models import AttentionParts, MergingParts, MlpParts, model_parts
+from vitq_kernels.rotary import rotated, with_prefix
 
 
 class SimulatedLinear(nn.Module):
@@ -55,48 +57,76 @@ class SimulatedPatchEmbed(nn.Module):
 
 
 class SimulatedAttention(nn.Module):
-    """Self-attention whose four inner tensors each pass a fake quantizer; a drop-in for timm's ``Attention``."""
+    """Self-attention whose four inner tensors each pass a fake quantizer; a drop-in for timm's modules."""
 
-    def __init__(self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, softmax_scale: float) -> None:
+    def __init__(self, attn: AttentionParts) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.softmax_scale = softmax_scale
-        self.qkv = SimulatedLinear(qkv)
-        self.proj = SimulatedLinear(proj)
+        self.num_heads = attn.num_heads
+        self.softmax_scale = attn.softmax_scale
+        self.qkv = SimulatedLinear(attn.qkv)
+        self.q_norm, self.k_norm, self.norm = attn.q_norm, attn.k_norm, attn.norm
+        self.rope = None if attn.rope is None else (attn.rope.prefix, attn.rope.half)
+        self.proj = SimulatedLinear(attn.proj)
         self.query: nn.Module = nn.Identity()  # fake quantizers of [B, H, S, D]
         self.key: nn.Module = nn.Identity()
         self.value: nn.Module = nn.Identity()
         self.probability: nn.Module = nn.Identity()  # of softmax's output [B, H, S, S], in [0, 1]
+        bias = attn.bias()  # of which the first pattern has no mask
+        self.register_buffer("bias", None if bias is None else bias[0])  # [H, S, S] or None
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Float [B, S, C] to [B, S, C].
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Float [B, S, C] to [B, S, C]; ``rope`` as timm passes it, ``shared_rel_pos_bias`` a part of the bias here.
 
         Raises:
             ValueError: an attention mask was given.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("SimulatedAttention: attn_mask and is_causal must be absent, got a mask")
-        return self.attend(x, 0.0)
+        return self.attend(x, 0.0 if self.bias is None else self.bias, rope)
 
-    def attend(self, x: Tensor, bias: Tensor | float) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | float, rope: Tensor | None = None) -> Tensor:
         """Float [B, S, C] to [B, S, C]; the bias is added to the logits [B, H, S, S]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)
+        if self.rope is not None and rope is not None:
+            prefix, half = self.rope
+            table = with_prefix(rope.to(x.dtype), prefix)
+            q, k = rotated(q, table, half), rotated(k, table, half)
         scores = self.query(q) @ self.key(k).mT * self.softmax_scale + bias
-        out = self.probability(scores.softmax(-1)) @ self.value(v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        out = (self.probability(scores.softmax(-1)) @ self.value(v)).transpose(1, 2).flatten(2)
+        return self.proj(out if self.norm is None else self.norm(out))
 
 
 class SimulatedWindowAttention(SimulatedAttention):
-    """Self-attention inside windows with a bias [H, S, S] of positions; a drop-in for timm's ``WindowAttention``."""
-
-    def __init__(self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, softmax_scale: float, bias: Tensor) -> None:
-        super().__init__(qkv, proj, num_heads, softmax_scale)
-        self.register_buffer("bias", bias)
+    """Self-attention inside windows; a drop-in for timm's ``WindowAttention``."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows [B * W, S, C] to the same, given what is added to the logits of each window, [W, S, S]."""
         bias = self.bias if mask is None else (self.bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
         return self.attend(x, bias)
+
+
+class SimulatedMlp(nn.Module):
+    """An MLP whose fc1 is put together of several layers, as of ``MlpParts``; a drop-in for timm's ``SwiGLU``."""
+
+    def __init__(self, mlp: MlpParts) -> None:
+        super().__init__()
+        self.fc1 = SimulatedLinear(mlp.fc1)
+        self.fc2 = SimulatedLinear(mlp.fc2)
+        self.norm = mlp.norm
+        self.activation, self.gate = mlp.activation, mlp.gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, S, C] to [B, S, C]."""
+        x = hidden_features(self.fc1(x), self.activation, self.gate)
+        return self.fc2(x if self.norm is None else self.norm(x))
 
 
 @torch.no_grad()
@@ -114,13 +144,13 @@ def simulated(model: nn.Module) -> nn.Module:
     result = parts.model
     result.set_submodule(parts.patch_name, SimulatedPatchEmbed(parts.patch_proj))
     for block in parts.blocks:
-        attn = block.attn
-        common = (attn.qkv, attn.proj, attn.num_heads, attn.softmax_scale)
-        bias = attn.bias()  # of which the first pattern has no mask
-        attention = SimulatedAttention(*common) if bias is None else SimulatedWindowAttention(*common, bias[0])
-        result.set_submodule(f"{block.name}.attn", attention.eval())
-        for name, linear in (("fc1", block.mlp.fc1), ("fc2", block.mlp.fc2)):
-            result.set_submodule(f"{block.name}.mlp.{name}", SimulatedLinear(linear))
+        make = SimulatedAttention if block.attn.windows is None else SimulatedWindowAttention
+        result.set_submodule(f"{block.name}.attn", make(block.attn).eval())
+        if block.mlp.fc1_reader is None:
+            for name, linear in (("fc1", block.mlp.fc1), ("fc2", block.mlp.fc2)):
+                result.set_submodule(f"{block.name}.mlp.{name}", SimulatedLinear(linear))
+        else:
+            result.set_submodule(f"{block.name}.mlp", SimulatedMlp(block.mlp).eval())
     for step in parts.steps:
         if isinstance(step, MergingParts):
             result.set_submodule(f"{step.name}.reduction", SimulatedLinear(step.reduction))

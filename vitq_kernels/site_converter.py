@@ -1,4 +1,4 @@
-"""One linear or LayerNorm of a model to its integer form, with what conversion knows of the whole model."""
+"""One linear or norm of a model to its integer form, with what conversion knows of the whole model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitq_kernels.compensation import compensated, mean_output
 from vitq_kernels.config import MINMAX_BITS, QuantConfig
 from vitq_kernels.folding import FoldedLinear, fold_linear
 from vitq_kernels.models import ModelParts
-from vitq_kernels.nn import QuantizeInput, QuantLayerNorm, QuantLinear
+from vitq_kernels.nn import FloatNorm, QuantizeInput, QuantLayerNorm, QuantLinear, QuantRmsNorm
 from vitq_kernels.observers import InputMoments
 from vitq_kernels.quantizers import AffineQuantizer, affine_quantizer
 from vitq_kernels.spec import BitAllocation, SiteKind
@@ -108,21 +108,31 @@ class SiteConverter:
         return weight
 
     @staticmethod
-    def real_linear(folded: FoldedLinear, quantize_input: QuantizeInput | None) -> QuantLinear:
-        """A linear to float, from float or, without a quantizer, from codes."""
+    def real_linear(
+        folded: FoldedLinear, quantize_input: QuantizeInput | None, centre: Tensor | None = None
+    ) -> QuantLinear:
+        """A linear to float, less ``centre`` [N], from float or, without a quantizer, from codes."""
         return QuantLinear(
             folded.weight,
             folded.multiplier(),
-            folded.bias_q(),
+            folded.bias_q(centre),
             "real",
             input_bits=folded.input_bits,
             quantize_input=quantize_input,
         )
 
-    def layernorm(self, norm: nn.LayerNorm, site: str, kind: SiteKind) -> tuple[QuantLayerNorm, AffineQuantizer]:
-        """S3 for the input of ``site``: channel-wise scales cost nothing, the site's columns carry them."""
+    def norm(self, norm: nn.Module, site: str, kind: SiteKind) -> tuple[QuantLayerNorm | QuantRmsNorm, AffineQuantizer]:
+        """A norm that writes the codes of ``site``: channel-wise scales cost nothing, the site's columns carry them."""
         q = self.quantizer(site, kind)
+        if not isinstance(norm, nn.LayerNorm):
+            return QuantRmsNorm(float_norm(norm), QuantizeInput(q.inv_scale, q.zero_point, q.bits)), q
         gamma = torch.ones_like(q.scale) if norm.weight is None else norm.weight.detach().float()
         beta = torch.zeros_like(q.scale) if norm.bias is None else norm.bias.detach().float()
         offset = beta.double() / q.scale.double() + q.zero_point
         return QuantLayerNorm((gamma.double() / q.scale.double()).float(), offset.float(), norm.eps, q.bits), q
+
+
+def float_norm(norm: nn.Module) -> FloatNorm:
+    """A LayerNorm or RMSNorm with numbers of its own in float32."""
+    weight, bias = (None if t is None else t.detach().float() for t in (norm.weight, getattr(norm, "bias", None)))
+    return FloatNorm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, norm.eps)

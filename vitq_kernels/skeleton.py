@@ -7,8 +7,12 @@ from collections.abc import Container, Mapping
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.models import BlockParts, MergingParts, model_parts
+from vitq_kernels.models import AttentionParts, BlockParts, MergingParts, model_parts
 from vitq_kernels.nn import (
+    FloatNorm,
+    HiddenCodes,
+    InnerNorm,
+    PositionBias,
     QuantAttention,
     QuantBlock,
     QuantizeInput,
@@ -17,7 +21,9 @@ from vitq_kernels.nn import (
     QuantMlp,
     QuantPatchEmbed,
     QuantPatchMerging,
+    QuantRmsNorm,
     QuantWindowAttention,
+    QueryKeyCodes,
 )
 from vitq_kernels.nn.linear import Epilogue
 from vitq_kernels.packing import PackedWeight
@@ -58,26 +64,34 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
     heads, dim = attn_parts.num_heads, attn_parts.head_dim
     qkv, qk, av, proj = at("attn.qkv"), at("attn.qk"), at("attn.av"), at("attn.proj")
     fc1, fc2 = at("mlp.fc1"), at("mlp.fc2")
+    inner = attn_parts.norm
     common = (
-        _linear(qkv, attn_parts.qkv.in_features, "codes", qk.activation),
+        _linear(qkv, attn_parts.qkv.in_features, "codes" if attn_parts.fused else "real", qk.activation),
         _linear(proj, attn_parts.proj.in_features, "residual"),
         _empty(heads),
         _empty(heads, 1 << av.activation, dtype=torch.uint8),
         _empty(heads, dim),
         _empty(heads, dim, dtype=torch.int32),
-        proj.activation,
+        proj.activation if inner is None else MAX_BITS,
     )
     if attn_parts.windows is None:
-        attn = QuantAttention(*common)
+        codes = None if attn_parts.fused else _query_key(attn_parts, qk.activation)
+        norm = None if inner is None else InnerNorm(_empty(heads * dim), _empty(heads * dim), _norm(inner, proj))
+        bias = None if attn_parts.grid is None else PositionBias(_bias_table(attn_parts), attn_parts.grid)
+        attn = QuantAttention(*common, codes, norm, bias)
     else:
-        table = _empty(*attn_parts.bias_table.shape, dtype=torch.int32)
         padding = _empty(attn_parts.qkv.in_features, dtype=torch.int8)
-        attn = QuantWindowAttention(*common, table, padding, attn_parts.windows)
+        attn = QuantWindowAttention(*common, _bias_table(attn_parts), padding, attn_parts.windows)
+    epilogue: Epilogue = "real" if mlp_parts.gelu is None else "gelu levels" if gelu_levels else "gelu"
+    hidden = None
+    if mlp_parts.gelu is None:
+        width = mlp_parts.fc2.in_features
+        hidden_codes = _quantize_input(width, fc2) if mlp_parts.norm is None else _norm(mlp_parts.norm, fc2)
+        hidden = HiddenCodes(mlp_parts.activation, mlp_parts.gate, hidden_codes)
     mlp = QuantMlp(
-        _linear(
-            fc1, mlp_parts.fc1.in_features, "gelu levels" if gelu_levels else "gelu", fc2.activation, mlp_parts.gelu
-        ),
+        _linear(fc1, mlp_parts.fc1.in_features, epilogue, fc2.activation, mlp_parts.gelu or "none"),
         _linear(fc2, mlp_parts.fc2.in_features, "residual", input_bits=MAX_BITS if gelu_levels else None),
+        hidden,
     )
     return QuantBlock(_norm(block.norm1, qkv), attn, _norm(block.norm2, fc1), mlp)
 
@@ -87,9 +101,32 @@ def _merging(merging: MergingParts, bits: Mapping[str, SiteBits]) -> QuantPatchM
     return QuantPatchMerging(_norm(merging.norm, bits[name]), _linear(bits[name], linear.in_features, "real"))
 
 
-def _norm(module: nn.LayerNorm, site: SiteBits) -> QuantLayerNorm:
+def _norm(module: nn.Module, site: SiteBits) -> QuantLayerNorm | QuantRmsNorm:
     channels = module.normalized_shape[0]
-    return QuantLayerNorm(_empty(channels), _empty(channels), module.eps, site.activation)
+    if isinstance(module, nn.LayerNorm):
+        return QuantLayerNorm(_empty(channels), _empty(channels), module.eps, site.activation)
+    return QuantRmsNorm(_float_norm(module), _quantize_input(channels, site))
+
+
+def _float_norm(module: nn.Module) -> FloatNorm:
+    weight, bias = (None if t is None else _empty(len(t)) for t in (module.weight, getattr(module, "bias", None)))
+    return FloatNorm("layer" if isinstance(module, nn.LayerNorm) else "rms", weight, bias, module.eps)
+
+
+def _query_key(attn: AttentionParts, bits: int) -> QueryKeyCodes:
+    width = attn.num_heads * attn.head_dim
+    norms = [None if norm is None else _float_norm(norm) for norm in (attn.q_norm, attn.k_norm)]
+    rope = (0, False) if attn.rope is None else (attn.rope.prefix, attn.rope.half)
+    return QueryKeyCodes(attn.num_heads, _empty(3 * width), _empty(width), bits, *norms, *rope)
+
+
+def _bias_table(attn: AttentionParts) -> Tensor:
+    assert attn.bias_table is not None
+    return _empty(*attn.bias_table.shape, dtype=torch.int32)
+
+
+def _quantize_input(channels: int, site: SiteBits) -> QuantizeInput:
+    return QuantizeInput(_empty(channels), _empty(channels, dtype=torch.int32), site.activation)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,6 +167,6 @@ def _linear(
 def _float_linear(site: SiteBits, cols: int) -> QuantLinear:
     weight = _packed(site.weight, cols)
     rows = weight.groups.rows
-    quantize_input = QuantizeInput(_empty(cols), _empty(cols, dtype=torch.int32), site.activation)
+    quantize_input = _quantize_input(cols, site)
     multiplier, bias_q = _empty(rows), _empty(rows, dtype=torch.int32)
     return QuantLinear(weight, multiplier, bias_q, "real", input_bits=site.activation, quantize_input=quantize_input)

@@ -128,6 +128,19 @@ def relative_positions(size: tuple[int, int], device: torch.device | str | None 
     return down * (2 * size[1] - 1) + column[:, None] - column[None] + size[1] - 1
 
 
+def positions_with_class(grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+    """``relative_positions`` of a whole grid behind one class token: int64 [1 + h * w, 1 + h * w].
+
+    The table's last three entries are for class to patch, patch to class and class to class (BEiT, arXiv:2106.08254).
+    """
+    patches = relative_positions(grid, device)
+    count = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    result = patches.new_full((len(patches) + 1,) * 2, count + 2)
+    result[1:, 1:] = patches
+    result[0, 1:], result[1:, 0] = count, count + 1
+    return result
+
+
 def merged_patches(x: Tensor) -> Tensor:
     """A map [B, H, W, C] to its patches of 2x2 tokens [B, H/2, W/2, 4 * C], padded with zeros to even sides.
 

@@ -12,25 +12,26 @@ from torch import nn
 
 from vitq_kernels.models import swin, vit
 from vitq_kernels.models.answers import answer
+from vitq_kernels.models.block_parts import AttentionParts, BlockParts, MlpParts, RopeParts
 from vitq_kernels.models.parts import (
-    AttentionParts,
-    BlockParts,
     FloatStep,
     MergingParts,
-    MlpParts,
     ModelParts,
     Step,
     UnsupportedModelError,
 )
+from vitq_kernels.models.timm_layers import NORMS
 from vitq_kernels.spec import Site
 
 __all__ = [
+    "NORMS",
     "AttentionParts",
     "BlockParts",
     "FloatStep",
     "MergingParts",
     "MlpParts",
     "ModelParts",
+    "RopeParts",
     "Step",
     "UnsupportedModelError",
     "answer",
@@ -91,7 +92,7 @@ def model_sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """What ``build_model`` needs to make the same float skeleton again: class, constructor arguments, LayerNorm eps.
+    """What ``build_model`` needs to make the same float skeleton again: class, constructor arguments, eps of the norms.
 
     Raises:
         UnsupportedModelError: a part of the model was left in float and cannot be described.
@@ -99,7 +100,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     parts = model_parts(model)
     if not parts.float_is_described:
         parts = model_parts(model, strict=True)
-    norms = {name: norm.eps for name, norm in parts.model.named_modules() if isinstance(norm, nn.LayerNorm)}
+    norms = {name: norm.eps for name, norm in parts.model.named_modules() if isinstance(norm, NORMS)}
     name = type(model).__name__
     return {"class": name, **_family(name).describe(parts), "norm_eps": norms}
 

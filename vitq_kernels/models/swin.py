@@ -10,7 +10,8 @@ from timm.layers import ClassifierHead
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from vitq_kernels.models.parts import AttentionParts, BlockParts, FloatStep, MergingParts, ModelParts, Step
+from vitq_kernels.models.block_parts import AttentionParts, BlockParts
+from vitq_kernels.models.parts import FloatStep, MergingParts, ModelParts, Step
 from vitq_kernels.models.timm_layers import (
     classifiers,
     embedded_pixels,

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import GluMlp, Mlp, PatchEmbed, RmsNorm, RmsNormFp32, SwiGLU, get_act_layer
 from torch import Tensor, nn
 
-from vitq_kernels.models.parts import MlpParts, UnsupportedModelError
+from vitq_kernels.activations import ACTIVATIONS, Gate
+from vitq_kernels.models.block_parts import MlpParts
+from vitq_kernels.models.parts import UnsupportedModelError
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32)
+# By the names that stand in a config.
+MLP_LAYERS = {
+    "Mlp": Mlp,
+    "SwiGLU": SwiGLU,
+    "GluMlp": partial(GluMlp, gate_last=False),
+    "GluMlp, gate last": partial(GluMlp, gate_last=True),
+}
 
 
 def patch_convolution(embed: nn.Module) -> nn.Conv2d:
@@ -38,27 +51,82 @@ def embedded_pixels(embed: PatchEmbed, images: Tensor) -> Tensor:
     return images
 
 
+def why_no_attention(attn: nn.Module, kinds: Sequence[type[nn.Module]]) -> str | None:
+    """The first feature of a self-attention, of one of these types, that the integer kernels lack, or None."""
+    if type(attn) not in kinds:
+        return f"attention type {type(attn).__name__}"
+    if getattr(attn, "gate", None) is not None:
+        return "gated attention"
+    for name in ("q_norm", "k_norm", "norm"):
+        norm = getattr(attn, name, None)
+        if given(norm) is not None and not isinstance(norm, NORMS):
+            return f"attn.{name} of type {type(norm).__name__}"
+    return None
+
+
 def why_no_mlp(mlp: nn.Module) -> str | None:
     """The first feature of an MLP that the integer kernels lack, or None."""
-    if type(mlp) is not Mlp:
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         return f"MLP type {type(mlp).__name__}"
-    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-        return "Mlp.norm (qk-norm or scaled norm)"
-    if _gelu(mlp.act) is None:
+    if given(mlp.norm) is not None and not isinstance(mlp.norm, NORMS):
+        return f"mlp.norm of type {type(mlp.norm).__name__}"
+    if activation(mlp.act) is None:
         return f"activation {type(mlp.act).__name__}"
-    return why_no_layers(mlp, (), ("fc1", "fc2"), "mlp.")
+    first = ("fc1_g", "fc1_x") if type(mlp) is SwiGLU else ("fc1",)
+    return why_no_layers(mlp, (), (*first, "fc2"), "mlp.")
 
 
-def mlp_parts(mlp: Mlp) -> MlpParts:
+def mlp_parts(mlp: Mlp | GluMlp | SwiGLU) -> MlpParts:
     """An MLP of which ``why_no_mlp`` has nothing to say."""
-    return MlpParts(mlp.fc1, str(_gelu(mlp.act)), mlp.fc2)
+    act, norm = str(activation(mlp.act)), given(mlp.norm)
+    if type(mlp) is SwiGLU:
+        return MlpParts(stacked(mlp.fc1_g, mlp.fc1_x), act, mlp.fc2, "first", norm, mlp)
+    gate: Gate | None = None
+    if type(mlp) is GluMlp:
+        gate = "last" if mlp.gate_last else "first"
+    return MlpParts(mlp.fc1, act, mlp.fc2, gate, norm)
+
+
+def mlp_name(mlp: Mlp | GluMlp | SwiGLU) -> str:
+    """Its name in MLP_LAYERS."""
+    return type(mlp).__name__ + (", gate last" if type(mlp) is GluMlp and mlp.gate_last else "")
+
+
+def norm_name(norm: nn.Module) -> str:
+    """The kind of a norm of NORMS, as timm's ``norm_layer`` names it.
+
+    Raises:
+        UnsupportedModelError: it is none of NORMS.
+    """
+    if not isinstance(norm, NORMS):
+        raise UnsupportedModelError(f"a norm must be a LayerNorm or RMSNorm to be described, got {type(norm).__name__}")
+    return "layernorm" if isinstance(norm, nn.LayerNorm) else "rmsnorm"
+
+
+def stacked(*linears: nn.Linear) -> nn.Linear:
+    """One linear that puts out what these do, side by side; without a bias where none has one."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    result = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    result.weight = nn.Parameter(weight, requires_grad=False)
+    if any(linear.bias is not None for linear in linears):
+        biases = [torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias for linear in linears]
+        result.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+    return result
+
+
+def given(module: nn.Module | None) -> nn.Module | None:
+    """The module, or None for the identity that stands for its absence."""
+    return None if isinstance(module, nn.Identity) else module
 
 
 def why_no_layers(module: nn.Module, norms: Sequence[str], linears: Sequence[str], prefix: str = "") -> str | None:
-    """The first of these submodules that is no LayerNorm, or no nn.Linear, or None; ``prefix`` is for its name."""
+    """The first of these submodules that is no LayerNorm or RMSNorm, or no nn.Linear, or None.
+
+    ``prefix`` stands before its name.
+    """
     for name in norms:
         norm = module.get_submodule(name)
-        if not isinstance(norm, nn.LayerNorm):
+        if not isinstance(norm, NORMS):
             return f"{prefix}{name} of type {type(norm).__name__}"
     for name in linears:
         linear = module.get_submodule(name)
@@ -75,9 +143,11 @@ def classifiers(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Li
     return heads, {name: f"classifier of type {kind}" for name, kind in others.items() if kind != "Identity"}
 
 
-def _gelu(act: nn.Module) -> str | None:
-    """ "none" (erf) or "tanh"; None for an activation without an integer epilogue, as QuickGELU."""
+def activation(act: nn.Module) -> str | None:
+    """Its name in ACTIVATIONS, or None."""
     if isinstance(act, nn.GELU):
-        return str(act.approximate)
-    # timm's own classes: GELU takes no approximation, GELUTanh is the tanh form.
-    return {"GELU": "none", "GELUTanh": "tanh"}.get(type(act).__name__)
+        return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+    for name in ACTIVATIONS:
+        if type(act) is get_act_layer(name):
+            return name
+    return None

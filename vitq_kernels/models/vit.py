@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from timm.layers import Attention, LayerScale
+from timm.layers import Attention, GluMlp, LayerScale
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vitq_kernels.models.block_parts import AttentionParts, BlockParts
 from vitq_kernels.models.parts import (
-    AttentionParts,
-    BlockParts,
     FloatStep,
     ModelParts,
     Step,
     UnsupportedModelError,
 )
 from vitq_kernels.models.timm_layers import (
+    MLP_LAYERS,
+    activation,
     classifiers,
     embedded_pixels,
+    given,
+    mlp_name,
     mlp_parts,
+    norm_name,
     patch_convolution,
+    why_no_attention,
     why_no_layers,
     why_no_mlp,
 )
@@ -102,45 +106,43 @@ def why_no_block(block: nn.Module) -> str | None:
     """The first feature of a block that the integer kernels lack, or None."""
     if type(block) is not Block:
         return f"block type {type(block).__name__}"
-    attn = block.attn
-    if type(attn) is not Attention:
-        return f"attention type {type(attn).__name__}"
-    if getattr(attn, "gate", None) is not None:
-        return "gated attention"
-    for name in ("q_norm", "k_norm", "norm"):
-        if not isinstance(getattr(attn, name, nn.Identity()), nn.Identity):
-            return f"Attention.{name} (qk-norm or scaled norm)"
     for name in ("ls1", "ls2"):
         if not isinstance(getattr(block, name), nn.Identity | LayerScale):
             return f"{name} of type {type(getattr(block, name)).__name__}"
-    return why_no_mlp(block.mlp) or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
+    reason = why_no_attention(block.attn, (Attention,)) or why_no_mlp(block.mlp)
+    return reason or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
 
 
 def block_parts(name: str, block: Block, tokens: int) -> BlockParts:
     """Of a block of which ``why_no_block`` has nothing to say."""
     attn = block.attn
     head_dim = attn.qkv.out_features // (3 * attn.num_heads)
-    return BlockParts(
-        name,
-        tokens,
-        block.norm1,
-        AttentionParts(attn.qkv, attn.proj, attn.num_heads, head_dim, float(attn.scale)),
-        getattr(block.ls1, "gamma", None),
-        block.norm2,
-        mlp_parts(block.mlp),
-        getattr(block.ls2, "gamma", None),
+    parts = AttentionParts(
+        attn.qkv,
+        attn.proj,
+        attn.num_heads,
+        head_dim,
+        float(attn.scale),
+        q_norm=given(attn.q_norm),
+        k_norm=given(attn.k_norm),
+        norm=given(attn.norm),
     )
+    scale1, scale2 = (getattr(ls, "gamma", None) for ls in (block.ls1, block.ls2))
+    return BlockParts(name, tokens, block.norm1, parts, scale1, block.norm2, mlp_parts(block.mlp), scale2)
 
 
 def describe(parts: ModelParts) -> dict[str, Any]:
-    """The constructor's arguments, and whether the patch embedding ends in a norm.
+    """The constructor's arguments, and the norm that the patch embedding ends in.
 
     Raises:
         UnsupportedModelError: the blocks cannot come from one constructor.
     """
     model, first = parts.model, parts.blocks[0]
-    if any(block.mlp.gelu != first.mlp.gelu for block in parts.blocks):
-        raise UnsupportedModelError("blocks must share one form of GELU to be described")
+    form = block_form(model.blocks[0])
+    for other in map(block_form, model.blocks):
+        if other != form:
+            raise UnsupportedModelError(f"blocks must have one form to be described, got {form} and {other}")
+    hidden = first.mlp.fc2.in_features * (2 if isinstance(model.blocks[0].mlp, GluMlp) else 1)
     arguments = {
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
@@ -151,7 +153,7 @@ def describe(parts: ModelParts) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": first.attn.num_heads,
         # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
-        "mlp_ratio": (first.mlp.fc1.out_features + 0.5) / model.embed_dim,
+        "mlp_ratio": (hidden + 0.5) / model.embed_dim,
         "qkv_bias": first.attn.qkv.bias is not None,
         "proj_bias": first.attn.proj.bias is not None,
         "class_token": model.cls_token is not None,
@@ -163,11 +165,25 @@ def describe(parts: ModelParts) -> dict[str, Any]:
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
-        "act_layer": {"none": "gelu", "tanh": "gelu_tanh"}[first.mlp.gelu],
+        **form,
     }
     if getattr(model, "pool_include_prefix", False):
         arguments["pool_include_prefix"] = True
-    return {"arguments": arguments, "embed_norm": not isinstance(model.patch_embed.norm, nn.Identity)}
+    norm = model.patch_embed.norm
+    return {"arguments": arguments, "embed_norm": False if isinstance(norm, nn.Identity) else norm_name(norm)}
+
+
+def block_form(block: Block) -> dict[str, Any]:
+    """The arguments of the constructor that decide what a block computes, beside its sizes."""
+    attn, mlp = block.attn, block.mlp
+    return {
+        "act_layer": activation(mlp.act),
+        "mlp_layer": mlp_name(mlp),
+        "norm_layer": norm_name(block.norm1),
+        "qk_norm": given(attn.q_norm) is not None,
+        "scale_attn_norm": given(attn.norm) is not None,
+        "scale_mlp_norm": given(mlp.norm) is not None,
+    }
 
 
 def build(config: Mapping[str, Any]) -> VisionTransformer:
@@ -175,6 +191,9 @@ def build(config: Mapping[str, Any]) -> VisionTransformer:
     arguments = dict(config["arguments"])
     for name in ("img_size", "patch_size"):
         arguments[name] = tuple(arguments[name])
-    if config["embed_norm"]:
-        arguments["embed_norm_layer"] = partial(nn.LayerNorm)
+    embed_norm = config["embed_norm"]
+    if embed_norm:
+        arguments["embed_norm_layer"] = "layernorm" if embed_norm is True else embed_norm  # True in older files
+    if "mlp_layer" in arguments:
+        arguments["mlp_layer"] = MLP_LAYERS[arguments["mlp_layer"]]
     return CLASSES[config["class"]](**arguments, weight_init="skip")

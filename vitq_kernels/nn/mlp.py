@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from vitq_kernels.nn.hidden import HiddenCodes
 from vitq_kernels.nn.linear import QuantLinear
 
 
 class QuantMlp(nn.Module):
-    """``fc2(gelu(fc1(x))) + residual``; the activation between them never leaves 8 bits or fewer.
+    """``fc2(hidden(fc1(x))) + residual``; with GELU alone the activation between them never leaves 8 bits or fewer.
 
     Args:
-        fc1: codes in, gelu codes out.
+        fc1: codes in; gelu codes out, or real with ``hidden``.
         fc2: codes in, residual out.
+        hidden: from fc1's real outputs to fc2's codes, where GELU alone does not make them.
     """
 
-    def __init__(self, fc1: QuantLinear, fc2: QuantLinear) -> None:
+    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, hidden: HiddenCodes | None = None) -> None:
         super().__init__()
         self.fc1 = fc1
+        self.hidden = hidden
         self.fc2 = fc2
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes int8 [B, S, C] to the codes [B, S, K] that enter ``fc2``."""
+        x = self.fc1(x)
+        return x if self.hidden is None else self.hidden(x)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream."""
-        return self.fc2(self.fc1(x), residual)
+        return self.fc2(self.codes(x), residual)

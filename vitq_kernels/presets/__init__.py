@@ -86,8 +86,11 @@ def simulate(
     for what, tensors in (("images", [images]), ("model: weights", model.parameters())):
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise ValueError(f"{what} must be finite, got NaN or Inf")
-    if model_parts(model, strict=True).token_map:
+    parts = model_parts(model, strict=True)
+    if parts.token_map:
         raise UnsupportedModelError(f"simulate: methods are for a VisionTransformer, got {type(model).__name__}")
+    if odd := [block.name for block in parts.blocks if not block.plain]:
+        raise UnsupportedModelError(f"simulate: methods are for blocks as of ViT, and {odd[0]} is none")
     preset, sites, config = PRESETS[method], model_sites(model), model_config(model)  # type: ignore[arg-type]
     if allocation is None:
         allocation = published_widths(sites, weight_bits, activation_bits)  # type: ignore[arg-type]
