@@ -281,7 +281,7 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(2, 2)),
         r"VisionTransformer.*got Sequential; replace_linears\(\) takes any",
     ),
-    "eva": (lambda: timm.create_model("eva02_tiny_patch14_224"), r"got Eva; replace_linears\(\)"),
+    "cait": (lambda: timm.create_model("cait_xxs24_224"), r"got Cait; replace_linears\(\)"),
     "swin": (
         lambda: timm.create_model("swinv2_tiny_window8_256"),
         r"got SwinTransformerV2; replace_linears\(\)",
@@ -312,7 +312,7 @@ def with_block_of_patches(proj: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_model_without_integer_form_is_refused(case: str) -> None:
     make, message = REFUSED[case]
-    with torch.device("meta") if case in ("eva", "swin", "hybrid-embedding") else torch.device("cpu"):
+    with torch.device("meta") if case in ("cait", "swin", "hybrid-embedding") else torch.device("cpu"):
         model = make()
     with pytest.raises(UnsupportedModelError, match=message):
         model_sites(model)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ from vitq_kernels.spec import BitAllocation
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 FAMILIES = {
+    "eva": (Eva, {"use_rot_pos_emb": True}),
+    "beit": (Beit, {"init_values": 0.3}),
     "vit": (VisionTransformer, {}),
 }
 FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,7 +40,37 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "quick-gelu": ("vit", {"act_layer": "quick_gelu"}),
     "relu": ("vit", {"act_layer": "relu"}),
     "rms-norm": ("vit", {"norm_layer": partial(RmsNorm, eps=1e-5), "qk_norm": True, "scale_mlp_norm": True}),
+    "rope": ("eva", {}),
+    "rope-mixed": ("eva", {"rope_type": "mixed", "attn_type": "rope", "num_reg_tokens": 2}),
+    "grouped-query": ("eva", {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1, "rope_type": "dinov3"}),
+    "relative-bias": ("beit", {"use_rel_pos_bias": True, "use_abs_pos_emb": False}),
+    "shared-relative-bias": ("beit", {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True, "qkv_bias": False}),
     # as deployed
+    "eva02": (
+        "eva",
+        {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "ref_feat_shape": (4, 4), "scale_attn_inner": True},
+    ),
+    "dinov3": (
+        "eva",
+        {
+            "dynamic_img_size": True,
+            "rope_type": "dinov3",
+            "rope_rotate_half": True,
+            "attn_type": "rope",
+            "num_reg_tokens": 4,
+            "use_abs_pos_emb": False,
+            "qkv_bias": False,
+            "init_values": 0.3,
+            "swiglu_mlp": True,
+            "swiglu_align_to": 8,
+            "global_pool": "avg",
+            "use_fc_norm": False,
+        },
+    ),
+    "perception-encoder": (
+        "eva",
+        {"use_pre_transformer_norm": True, "attn_type": "rope", "rope_grid_indexing": "xy", "global_pool": "token"},
+    ),
     "dinov2-reg4": (
         "vit",
         {

@@ -114,6 +114,36 @@ def stacked(*linears: nn.Linear) -> nn.Linear:
     return result
 
 
+def with_bias(linear: nn.Linear, bias: Tensor) -> nn.Linear:
+    """The same weight with another bias [N]."""
+    result = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    result.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+    result.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return result
+
+
+def repeated_heads(linear: nn.Linear, head_dim: int, times: int) -> nn.Linear:
+    """A linear that puts out each head of ``head_dim`` rows so many times in a row (grouped-query attention)."""
+    if times == 1:
+        return linear
+    rows = torch.arange(linear.out_features, device=linear.weight.device).view(-1, head_dim)
+    rows = rows.repeat_interleave(times, dim=0).flatten()
+    result = nn.Linear(linear.in_features, len(rows), bias=False, device="meta")
+    result.weight = nn.Parameter(linear.weight.detach()[rows], requires_grad=False)
+    if linear.bias is not None:
+        result.bias = nn.Parameter(linear.bias.detach()[rows], requires_grad=False)
+    return result
+
+
+def own_size(embed: PatchEmbed, images: Tensor) -> None:
+    """Raises ValueError unless images have the model's own size, where a rotary embedding depends on it."""
+    if tuple(images.shape[-2:]) != tuple(embed.img_size):
+        raise ValueError(
+            f"images must have the model's own size {tuple(embed.img_size)} where a rotary embedding depends on it, "
+            f"got {tuple(images.shape[-2:])}"
+        )
+
+
 def given(module: nn.Module | None) -> nn.Module | None:
     """The module, or None for the identity that stands for its absence."""
     return None if isinstance(module, nn.Identity) else module
