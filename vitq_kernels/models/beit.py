@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from timm.layers import SwiGLU
-from timm.models.beit import Attention, Beit, Block
+from timm.models.beit import Attention, Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
 
 from vitq_kernels.models.block_parts import AttentionParts, BlockParts
@@ -66,14 +66,15 @@ def cut(model: Beit) -> BeitParts:
     """
     conv = patch_convolution(model.patch_embed)
     left: dict[str, str] = {}
-    shared = None if model.rel_pos_bias is None else model.rel_pos_bias
+    shared = model.rel_pos_bias
+    arguments = {} if shared is None else {"shared_rel_pos_bias": shared().detach()}
     steps: list[Step] = []
     for index, block in enumerate(model.blocks):
         name, reason = f"blocks.{index}", _why_unsupported(block)
         if reason is None:
-            steps.append(_block_parts(name, block, model.patch_embed.grid_size, shared))
+            steps.append(replace(_block_parts(name, block, model.patch_embed.grid_size, shared), arguments=arguments))
         else:
-            steps.append(FloatStep(name, {} if shared is None else {"shared_rel_pos_bias": shared().detach()}))
+            steps.append(FloatStep(name, arguments))
             left[name] = reason
     heads, others = classifiers(model, ("head",))
     reads = 1 if model.global_pool == "token" else 0
@@ -159,7 +160,8 @@ def build(config: Mapping[str, Any]) -> Beit:
         arguments[name] = tuple(arguments[name])
     arguments["norm_layer"] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[arguments["norm_layer"]]
     model = Beit(**arguments)
-    if model.rel_pos_bias is not None and model.rel_pos_bias.relative_position_index.is_meta:
+    if model.rel_pos_bias is not None:
         with torch.device("cpu"):  # no file holds the index
-            model.rel_pos_bias.to_empty(device="cpu").init_non_persistent_buffers()
+            index = gen_relative_position_index(model.patch_embed.grid_size)
+        model.rel_pos_bias.register_buffer("relative_position_index", index, persistent=False)
     return model

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,7 @@ class BlockParts:
     norm2: nn.Module
     mlp: MlpParts
     layer_scale2: Tensor | None  # [C]
+    arguments: Mapping[str, Tensor] = field(default_factory=dict)  # of its call beside the tokens, at the model's size
 
     @property
     def plain(self) -> bool:
@@ -163,11 +164,6 @@ class BlockParts:
             and self.attn.grid is None
             and self.mlp.gelu is not None
         )
-
-    @property
-    def arguments(self) -> dict[str, Tensor]:
-        """Of the block's call beside the tokens, for an image of the model's own size."""
-        return {} if self.attn.rope is None else {"rope": self.attn.rope.table}
 
     @property
     def linears(self) -> dict[str, nn.Linear]:

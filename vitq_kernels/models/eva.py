@@ -78,7 +78,7 @@ def cut(model: Eva) -> EvaParts:
     if model.attn_pool is not None:
         left["attn_pool"] = f"{type(model.attn_pool).__name__} pooling"
     patches, prefix = model.patch_embed.num_patches, int(model.num_prefix_tokens)
-    table = None if model.rope is None else model.rope.get_embed(shape=model.patch_embed.grid_size).detach()
+    table = _own_table(model)
     steps: list[Step] = []
     for index, block in enumerate(model.blocks):
         name, reason = f"blocks.{index}", _why_unsupported(block)
@@ -86,7 +86,7 @@ def cut(model: Eva) -> EvaParts:
         if reason is None:
             steps.append(_block_parts(name, block, patches + prefix, own))
         else:
-            steps.append(FloatStep(name, {} if own is None else {"rope": own}))
+            steps.append(FloatStep(name, _arguments(own)))
             left[name] = reason
     heads, others = classifiers(model, ("head",))
     reads = 1 if model.global_pool == "token" else 0
@@ -125,7 +125,21 @@ def _block_parts(name: str, block: EvaBlock, tokens: int, table: Tensor | None) 
         norm=given(attn.norm),
         qkv_reader=reader,
     )
-    return BlockParts(name, tokens, block.norm1, parts, block.gamma_1, block.norm2, mlp_parts(block.mlp), block.gamma_2)
+    mlp, arguments = mlp_parts(block.mlp), _arguments(table)
+    return BlockParts(name, tokens, block.norm1, parts, block.gamma_1, block.norm2, mlp, block.gamma_2, arguments)
+
+
+def _arguments(table: Tensor | None) -> dict[str, Tensor]:
+    return {} if table is None else {"rope": table}
+
+
+def _own_table(model: Eva) -> Tensor | None:
+    """The rotary embedding as the model passes it for an image of its own size."""
+    if model.rope is None:
+        return None
+    if model.dynamic_img_size or not hasattr(model.rope, "feat_shape"):
+        return model.rope.get_embed(shape=model.patch_embed.grid_size).detach()
+    return model.rope.get_embed().detach()
 
 
 def describe(parts: ModelParts) -> dict[str, Any]:

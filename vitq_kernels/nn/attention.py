@@ -65,4 +65,4 @@ class QuantAttention(IntegerModule):
 
     def forward(self, x: Tensor, residual: Tensor, rope: Tensor | None = None) -> Tensor:
         """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream."""
-        return self.proj(self.attend(x, rope), residual)
+        return self.proj(self.attend(x) if rope is None else self.attend(x, rope), residual)
