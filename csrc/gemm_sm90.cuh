@@ -22,15 +22,15 @@
 namespace vitq {
 
 // Which tiles come in which turn of a cluster; rows first, so that clusters beside each other share tokens in L2. A
-// cluster is the blocks that share tokens, one below the other, times the parts of K; with several parts it has one turn.
+// cluster is the blocks that share tokens or weights times the parts of K; with several parts it has one turn.
 struct TileOrder {
   int row_tiles, token_tiles;
   int part_bits;  // parts are a power of two, so that nothing divides by them
 
   template <class T>
   static __host__ __device__ TileOrder of(const GemmArguments& with, int parts) {
-    constexpr int kRows = T::kRows * T::kCluster;
-    return {(with.rows + kRows - 1) / kRows, (with.tokens + T::kTokens - 1) / T::kTokens,
+    constexpr int kRows = T::kRows * T::kClusterRows, kTokens = T::kTokens * T::kClusterTokens;
+    return {(with.rows + kRows - 1) / kRows, (with.tokens + kTokens - 1) / kTokens,
             parts / 2};  // of 1, 2 and 4 the logarithm
   }
   __host__ __device__ int count() const { return row_tiles * token_tiles; }
@@ -47,10 +47,12 @@ struct Member {
 
   __device__ __forceinline__ explicit Member(const TileOrder& order) : rank(0), part(0) {
     if (T::kCluster > 1 || order.in_parts<T>()) rank = static_cast<int>(cluster_rank());
-    part = rank / T::kCluster;
+    if (T::kMostParts > 1) part = rank / T::kCluster;
   }
-  __device__ int row() const { return rank % T::kCluster; }
-  __device__ unsigned first_sharer() const { return static_cast<unsigned>(part * T::kCluster); }  // of the same tokens
+  // Among those that share.
+  __device__ int place() const { return T::kMostParts > 1 ? rank % T::kCluster : rank; }
+  __device__ unsigned first_sharer() const { return static_cast<unsigned>(part * T::kCluster); }
+  __device__ unsigned sharers() const { return ((1u << T::kCluster) - 1) << first_sharer(); }
 };
 
 template <class T>
@@ -60,8 +62,8 @@ struct TilePlace {
 
   __device__ TilePlace(const TileOrder& order, const Member<T>& member, int tile, int steps) {
     const int slices = (steps + kStepsOfStage - 1) / kStepsOfStage;
-    row = tile % order.row_tiles * T::kCluster + member.row();
-    token = tile / order.row_tiles;
+    row = tile % order.row_tiles * T::kClusterRows + (T::kSharesWeights ? 0 : member.place());
+    token = tile / order.row_tiles * T::kClusterTokens + (T::kSharesWeights ? member.place() : 0);
     slice = slices * member.part >> order.part_bits;
     end_slice = slices * (member.part + 1) >> order.part_bits;
   }
@@ -97,31 +99,46 @@ __device__ __forceinline__ int turns(const TileOrder& order) {
   return static_cast<int>(gridDim.x) / T::kCluster >> order.part_bits;
 }
 
-// The groups that a block's workers multiply, as the loading thread sees them.
+// The groups that a block's workers multiply, as the loading thread sees them: those that it brings, to all blocks that
+// share them, and the bits of all.
 template <class T>
 struct Groups {
-  int bits[T::kWorkers], first_chunk[T::kWorkers], bits_together = 0;
+  static constexpr int kShares = T::kSharesWeights ? T::kCluster : 1, kOwn = T::kWorkers / kShares;
+  int bits[kOwn], first_chunk[kOwn], bits_together = 0, first_worker;
 
-  __device__ __forceinline__ Groups(const LinearWeight& weight, int row_tile) {
+  __device__ __forceinline__ Groups(const LinearWeight& weight, const Member<T>& member, int row_tile)
+      : first_worker(T::kSharesWeights ? member.place() : 0) {
+    const auto present = [&](int group) { return group < weight.group_count; };
 #pragma unroll
     for (int worker = 0; worker < T::kWorkers; ++worker) {
       const int group = row_tile * T::kWorkers + worker;
-      bits[worker] = group < weight.group_count ? weight.groups[2 * group] : 0;
-      first_chunk[worker] = group < weight.group_count ? weight.groups[2 * group + 1] : 0;
-      bits_together += bits[worker];
+      bits_together += present(group) ? weight.groups[2 * group] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int group = row_tile * T::kWorkers + first_worker + i * kShares;
+      bits[i] = present(group) ? weight.groups[2 * group] : 0;
+      first_chunk[i] = present(group) ? weight.groups[2 * group + 1] : 0;
     }
   }
 
   // Announces all bytes of a stage and asks for the weights'.
-  __device__ __forceinline__ void load(const LinearWeight& weight, const Ring<T>& ring, int slice) const {
+  __device__ __forceinline__ void load(const LinearWeight& weight, const Member<T>& member, const Ring<T>& ring,
+                                       int slice) const {
     // Of an odd last step's second half the tokens are zeros, the weights what lay there.
     const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
     mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
 #pragma unroll
-    for (int worker = 0; worker < T::kWorkers; ++worker) {
-      if (bits[worker] == 0) continue;
-      copy_bulk(ring.chunks(worker), weight.chunks + (first_chunk[worker] + int64_t{step} * bits[worker]) * kChunkBytes,
-                static_cast<unsigned>(steps * bits[worker] * kChunkBytes), ring.full());
+    for (int i = 0; i < kOwn; ++i) {
+      if (bits[i] == 0) continue;
+      unsigned char* target = ring.chunks(first_worker + i * kShares);
+      const uint8_t* chunks = weight.chunks + (first_chunk[i] + int64_t{step} * bits[i]) * kChunkBytes;
+      const unsigned bytes = static_cast<unsigned>(steps * bits[i] * kChunkBytes);
+      if constexpr (kShares > 1) {
+        copy_bulk(target, chunks, bytes, ring.full(), member.sharers());
+      } else {
+        copy_bulk(target, chunks, bytes, ring.full());
+      }
     }
   }
 };
@@ -136,30 +153,29 @@ __device__ __forceinline__ void load_tiles(const GemmArguments& with, const Tens
   int begun = 0;  // slices of the first tile whose weights have been asked for
   if (weight.settled) {
     const TilePlace<T> place(order, member, first_turn<T>(order), weight.steps);
-    const Groups<T> groups(weight, place.row);
+    const Groups<T> groups(weight, member, place.row);
 #pragma unroll 1
     for (Ring<T> ahead = ring; begun < T::kStages && place.slice + begun < place.end_slice; ++begun, ahead.advance()) {
-      groups.load(weight, ahead, place.slice + begun);
+      groups.load(weight, member, ahead, place.slice + begun);
     }
   }
   follow_predecessor();
   for (int tile = first_turn<T>(order); tile < order.count(); tile += turns<T>(order)) {
     const TilePlace<T> place(order, member, tile, weight.steps);
-    const Groups<T> groups(weight, place.row);
+    const Groups<T> groups(weight, member, place.row);
 #pragma unroll 1
     for (int slice = place.slice; slice < place.end_slice; ++slice) {
       if (begun > 0) {
         --begun;
       } else {
         VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
-        groups.load(weight, ring, slice);
+        groups.load(weight, member, ring, slice);
       }
       const int column = slice * kTokenLine, token = place.token * T::kTokens;
-      if constexpr (T::kCluster > 1) {  // each block brings its share to all
-        constexpr int kShare = T::kTokens / T::kCluster;
-        const int its = member.row() * kShare;
-        copy_box(ring.tokens() + its * kTokenLine, map, column, token + its, ring.full(),
-                 ((1u << T::kCluster) - 1) << member.first_sharer());
+      if constexpr (T::kClusterRows > 1) {  // each block brings its share to all
+        constexpr int kShare = T::kTokens / T::kClusterRows;
+        const int its = member.place() * kShare;
+        copy_box(ring.tokens() + its * kTokenLine, map, column, token + its, ring.full(), member.sharers());
       } else {
         copy_box(ring.tokens(), map, column, token, ring.full());
       }
@@ -306,7 +322,7 @@ __device__ __forceinline__ void share_tile(const GemmArguments& with, const int3
   const RunOfRows<kKind> rows(with, first_row + first_of_run<T>(), is_scattered<T::kRows>(with));  // meanwhile
   sums_are_staged();
   finish_share<kKind, T>(with, rows, place.token * T::kTokens, member.part, part_bits,
-                         static_cast<unsigned>(member.row()));
+                         static_cast<unsigned>(member.place()));
 }
 
 // A worker warp: every tile of this block.
@@ -409,7 +425,7 @@ void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream
   const auto kernel = &wgmma_kernel<kKind, T>;
   allow_shared_memory(kernel, bytes, "linear");  // first: a new thread has no context before a call of the runtime
   const TensorMap map =
-      token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kCluster);
+      token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kClusterRows);
   VITQ_LAUNCH_CLUSTERS(kernel, static_cast<unsigned>(cluster), static_cast<unsigned>(blocks), T::kThreads, bytes,
                        stream, with, map, order);
   check_launch("linear");
@@ -423,7 +439,7 @@ void launch_wgmma(const GemmArguments& with, int tile, int parts, cudaStream_t s
     return launch_wgmma_tile<kKind, WgmmaTile<workers, tokens, stages, cluster>>(with, parts, stream);
 
 // Defines launch_wgmma of one kind.
-#define VITQ_DEFINE_WGMMA(kind)                                                                  \
+#define VITQ_DEFINE_WGMMA_LAUNCH(kind)                                                           \
   template <>                                                                                    \
   void launch_wgmma<kind>(const GemmArguments& with, int tile, int parts, cudaStream_t stream) { \
     constexpr Epilogue kKind = kind;                                                             \

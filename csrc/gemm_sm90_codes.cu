@@ -2,6 +2,6 @@
 
 namespace vitq {
 
-VITQ_DEFINE_WGMMA(Epilogue::kCodes)
+VITQ_DEFINE_WGMMA_LAUNCH(Epilogue::kCodes)
 
 }  // namespace vitq

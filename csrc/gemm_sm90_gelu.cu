@@ -2,6 +2,6 @@
 
 namespace vitq {
 
-VITQ_DEFINE_WGMMA(Epilogue::kGelu)
+VITQ_DEFINE_WGMMA_LAUNCH(Epilogue::kGelu)
 
 }  // namespace vitq

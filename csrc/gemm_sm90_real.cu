@@ -2,6 +2,6 @@
 
 namespace vitq {
 
-VITQ_DEFINE_WGMMA(Epilogue::kReal)
+VITQ_DEFINE_WGMMA_LAUNCH(Epilogue::kReal)
 
 }  // namespace vitq

@@ -7,10 +7,11 @@
 namespace vitq {
 
 // Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages, blocks
-// that lie one below the other and share tokens. These are a cluster; where K is cut into parts, those of all parts are.
+// that share: the window's tiles lie side by side and share weights, others one below the other and share tokens. These
+// are a cluster; where K is cut into parts, those of all parts are.
 #define VITQ_WGMMA_TILES(X) \
   X(6, 2, 256, 4, 2)        \
-  X(7, 4, 128, 3, 1)        \
+  X(7, 4, 128, 3, 2)        \
   X(8, 2, 64, 4, 1)
 
 constexpr int kWarpgroup = 128;   // threads
@@ -21,6 +22,8 @@ template <int kWorkers_, int kTokens_, int kStages_, int kCluster_>
 struct WgmmaTile {
   static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kRows = kGroupRows * kWorkers;
+  static constexpr bool kSharesWeights = kRows == kWindowRows;
+  static constexpr int kClusterRows = kSharesWeights ? 1 : kCluster, kClusterTokens = kCluster / kClusterRows;  // tiles
   // Of K, a power of two: the largest cluster then has 8 blocks, which every GPU with clusters holds. The window's tile
   // leaves most SMs idle where tokens are few, however K is cut, and its workers have no registers to spare.
   static constexpr int kMostParts = kRows == kWindowRows ? 1 : 4;

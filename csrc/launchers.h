@@ -102,7 +102,7 @@ struct LinearWeight {
 struct GemmTile {
   int rows, tokens, threads, stages, blocks;
   bool wgmma;   // for sm_90a alone
-  int cluster;  // blocks, one below the other, that share tokens
+  int cluster;  // blocks that share tokens or weights
 };
 constexpr int kGemmTiles = 9;
 GemmTile gemm_tile(int index);

@@ -17,14 +17,15 @@ SMALL = WGMMA_TILES[-1]
 IN_PARTS = [number for number in WGMMA_TILES if len(TILES[number].parts()) > 1]
 
 
-def test_every_wait_is_needed(planted: Any) -> None:
+@pytest.mark.parametrize("tile", [n for n in WGMMA_TILES if TILES[n].cluster > 1])
+def test_every_wait_is_needed(planted: Any, tile: int) -> None:
     """The cluster's at the begin and the end, full and empty stages, and the two around what is staged."""
     # A block with two tiles, whose slices are more than the stages together but not alone: a worker may run into the
     # next one. Words, of which a tile is staged in four passes.
     codes = linear_case(RowGroups.uniform(200, 4), 300, 300)
     given = {name: codes.arguments[name] for name in ("a", "weight", "multiplier", "bias_q")}
     case = Case("linear_real", "words", given | {"out_dtype": torch.float32})
-    with forced(Plan(WGMMA_TILES[0])):
+    with forced(Plan(tile)):
         lines = barrier_lines(case)
         assert len(lines) == 6
         for line in lines:

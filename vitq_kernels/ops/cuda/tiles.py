@@ -9,10 +9,10 @@ one SM, for a tile of R rows and T tokens and steps of 64 columns:
     time  = max(ceil(n/r) chain, n steps max(mma, load))                   n blocks an SM, r at a time
 
 (where reordered rows meet a tile that is smaller than their window, SCATTER instead of REORDER, which no other block
-hides) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop of
-mma.sync is hidden under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``,
-``l2``, FILL, EPILOGUE and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of
-device_check).
+hides; all outputs of wgmma pass through shared memory, those of the window's tile find their rows there for nothing)
+plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop of mma.sync is
+hidden under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL,
+EPILOGUE and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check).
 
 On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, a step waits for shared memory too (tokens read
 by each warpgroup, bytes that arrive, words unpacked: docs/cuda_cost_model.md), and a block fills its stages only once:
@@ -59,7 +59,7 @@ class Tile:
     stages: int
     blocks: int  # an SM that the registers leave room for
     wgmma: bool = False  # Hopper's kernel
-    cluster: int = 1  # blocks, one below the other, that share tokens
+    cluster: int = 1  # blocks that share tokens, one below the other; the window's share weights, side by side
 
     def parts(self) -> tuple[int, ...]:
         """Into how many parts of K the kernel can cut; the window's tile of wgmma into none."""
@@ -74,9 +74,21 @@ class Tile:
         """Bytes of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
         return self.tokens * STEP_COLS + self.rows // GROUP_ROWS * widest * CHUNK_BYTES
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the blocks of a cluster have the same rows, else the same tokens."""
+        return self.wgmma and self.rows == WINDOW_ROWS
+
     def copied_bytes(self, widest: int) -> float:
         """Bytes that a block asks of L2 for a step."""
-        return self.step_bytes(widest) - self.tokens * STEP_COLS * (1 - 1 / self.cluster)
+        tokens = self.tokens * STEP_COLS
+        shared = self.step_bytes(widest) - tokens if self.shares_weights else tokens
+        return self.step_bytes(widest) - shared * (1 - 1 / self.cluster)
+
+    def blocks_of(self, rows: int, tokens: int) -> int:
+        """How many blocks compute so many outputs: whole clusters."""
+        below, beside = (1, self.cluster) if self.shares_weights else (self.cluster, 1)
+        return -(-rows // (self.rows * below)) * -(-tokens // (self.tokens * beside)) * self.cluster
 
     def shared_clocks(self, widest: int) -> float:
         """Clocks of shared memory of a step of wgmma: 128 bytes each, and 4 for each load of a warp's weights."""
@@ -101,7 +113,7 @@ TILES = (
     Tile(256, 32, 128, 4, 3),
     Tile(64, 64, 64, 4, 6),
     Tile(128, 256, 384, 4, 1, wgmma=True, cluster=2),
-    Tile(256, 128, 640, 3, 1, wgmma=True),
+    Tile(256, 128, 640, 3, 1, wgmma=True, cluster=2),
     Tile(128, 64, 384, 4, 1, wgmma=True),
 )
 
@@ -243,12 +255,11 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
         tile.shared_clocks(problem.widest) if tile.wgmma else 0.0,
     )
     steps = -(-problem.steps // plan.parts)
-    reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS else 0.0
+    reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS and not tile.wgmma else 0.0
     scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
     outputs = tile.rows * tile.tokens / (plan.parts if tile.wgmma else 1)  # that a block finishes
     busy, way_out = steps * step + outputs * scatter, outputs * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
-    row_blocks = -(-problem.rows // (tile.rows * tile.cluster)) * tile.cluster
-    blocks = row_blocks * -(-problem.tokens // tile.tokens) * plan.parts
+    blocks = tile.blocks_of(problem.rows, problem.tokens) * plan.parts
     if tile.wgmma and plan.parts > 1:  # a cluster is placed as a whole, and starts anew for each tile
         cluster = tile.cluster * plan.parts
         turns = math.ceil(blocks / cluster / (gpu.sms // cluster))
