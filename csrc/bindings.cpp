@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "launch.cuh"
+#include "early_starts.h"
 #include "launchers.h"
 
 #ifdef VITQ_EMULATION

@@ -5,10 +5,10 @@
 // holds them to it. After a kernel that is not ours, which lets nobody in early, it is an ordinary launch.
 #pragma once
 
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
+#include "early_starts.h"
 #include "ptx.cuh"
 
 namespace vitq {
@@ -16,9 +16,6 @@ namespace vitq {
 inline void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument("vitq_kernels._cuda: " + message);
 }
-
-// Whether kernels may start early; off only to measure what that gains.
-inline std::atomic<bool> early_starts{true};
 
 #ifdef VITQ_EMULATION
 template <typename Kernel>
