@@ -117,17 +117,10 @@ def test_backends_agree_bitwise_at_few_bits(bits: tuple[int, int]) -> None:
     assert_bitwise_equal(model(images), expected)
 
 
-# Logits of one model on two backends: a code of GELU or LayerNorm in a thousand may differ by one (39 and 47 dB on a
-# CPU without AVX-512, equal on one with it).
-BOUNDED = 30.0
-
-
 def test_a_model_converted_on_the_reference_backend_is_as_near() -> None:
     with use_backend("reference"):
         model = quantize(variant_vit("class-token"), variant_images())
     assert quality_db("class-token", model) > NEAR
-    images = variant_images()
-    assert sqnr_db(model(images), variant_quantized("class-token")(images)) > BOUNDED
 
 
 def test_an_image_does_not_feel_its_batch() -> None:
@@ -143,6 +136,11 @@ def test_conversion_is_deterministic() -> None:
 
 
 # --- allocations --------------------------------------------------------------------------------------------------
+
+
+# Logits of one model on two backends: a code of GELU or LayerNorm in a thousand may differ by one (47 dB on a CPU without
+# AVX-512, equal on one with it).
+BOUNDED = 30.0
 
 
 @pytest.mark.parametrize("variant", SOME)
