@@ -138,8 +138,8 @@ def test_conversion_is_deterministic() -> None:
 # --- allocations --------------------------------------------------------------------------------------------------
 
 
-# Logits of one model on two backends: a code of GELU or LayerNorm in a thousand may differ by one (47 dB on a CPU without
-# AVX-512, equal on one with it).
+# Logits of one model on two backends: a code of GELU or LayerNorm in a thousand may differ by one (47 dB on a CPU
+# without AVX-512, equal on one with it).
 BOUNDED = 30.0
 
 
