@@ -12,13 +12,15 @@ from timm.models.beit import Attention, Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
 
 from vitq_kernels.models.block_parts import AttentionParts, BlockParts
-from vitq_kernels.models.parts import FloatStep, ModelParts, Step, UnsupportedModelError
+from vitq_kernels.models.parts import FloatStep, ModelParts, Step
 from vitq_kernels.models.timm_layers import (
     activation,
     classifiers,
+    constructor_arguments,
     given,
     mlp_parts,
     norm_name,
+    one_form,
     patch_convolution,
     why_no_attention,
     why_no_layers,
@@ -118,25 +120,14 @@ def describe(parts: ModelParts) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the blocks cannot come from one constructor.
     """
-    model, first = parts.model, parts.blocks[0]
-    forms = [_form(block) for block in model.blocks]
-    if any(form != forms[0] for form in forms):
-        raise UnsupportedModelError(f"blocks must have one form to be described, got {forms}")
+    model = parts.model
+    form = one_form([_form(block) for block in model.blocks])
     arguments = {
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": parts.patch_proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": first.attn.num_heads,
-        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
-        "mlp_ratio": (first.mlp.fc2.in_features + 0.5) / model.embed_dim,
+        **constructor_arguments(parts, parts.blocks[0].mlp.fc2.in_features),
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
         "use_fc_norm": given(model.fc_norm) is not None,
-        **{name: value for name, value in forms[0].items() if name != "activation"},
+        **{name: value for name, value in form.items() if name != "activation"},
     }
     return {"arguments": arguments}
 

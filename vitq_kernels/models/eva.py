@@ -22,9 +22,11 @@ from vitq_kernels.models.parts import FloatStep, ModelParts, Step, UnsupportedMo
 from vitq_kernels.models.timm_layers import (
     activation,
     classifiers,
+    constructor_arguments,
     given,
     mlp_parts,
     norm_name,
+    one_form,
     own_size,
     patch_convolution,
     repeated_heads,
@@ -148,22 +150,11 @@ def describe(parts: ModelParts) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the blocks cannot come from one constructor.
     """
-    model, first = parts.model, parts.blocks[0]
-    forms = [_form(block) for block in model.blocks]
-    if any(form != forms[0] for form in forms):
-        raise UnsupportedModelError(f"blocks must have one form to be described, got {forms}")
+    model = parts.model
+    form = one_form([_form(block) for block in model.blocks])
     embed, attn = model.patch_embed, model.blocks[0].attn
     arguments = {
-        "img_size": list(embed.img_size),
-        "patch_size": list(embed.patch_size),
-        "in_chans": parts.patch_proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": first.attn.num_heads,
-        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
-        "mlp_ratio": (first.mlp.fc2.in_features + 0.5) / model.embed_dim,
+        **constructor_arguments(parts, parts.blocks[0].mlp.fc2.in_features),
         "class_token": model.cls_token is not None,
         "num_reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
         "no_embed_class": model.no_embed_class,
@@ -173,7 +164,7 @@ def describe(parts: ModelParts) -> dict[str, Any]:
         "use_fc_norm": given(model.fc_norm) is not None,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": embed.dynamic_img_pad,
-        **{name: value for name, value in forms[0].items() if name != "activation"},
+        **{name: value for name, value in form.items() if name != "activation"},
     }
     if attn.qkv is None and getattr(attn, "num_kv_groups", 1) > 1:
         arguments["num_kv_heads"] = attn.num_kv_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vitq_kernels.activations import ACTIVATIONS, Gate
 from vitq_kernels.models.block_parts import MlpParts
-from vitq_kernels.models.parts import UnsupportedModelError
+from vitq_kernels.models.parts import ModelParts, UnsupportedModelError
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32)
 # By the names that stand in a config.
@@ -49,6 +50,35 @@ def embedded_pixels(embed: PatchEmbed, images: Tensor) -> Tensor:
     if (below or right) and not embed.strict_img_size:
         raise ValueError(f"images must have sides divisible by {tuple(embed.patch_size)}, got {size}")
     return images
+
+
+def constructor_arguments(parts: ModelParts, hidden: int) -> dict[str, Any]:
+    """What the constructors of ViT, Eva and Beit have in common; ``hidden``: what fc1 of a block puts out."""
+    model = parts.model
+    return {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": parts.patch_proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": parts.blocks[0].attn.num_heads,
+        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
+        "mlp_ratio": (hidden + 0.5) / model.embed_dim,
+    }
+
+
+def one_form(forms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the blocks have been built with, all alike.
+
+    Raises:
+        UnsupportedModelError: the blocks cannot come from one constructor.
+    """
+    for form in forms:
+        if form != forms[0]:
+            raise UnsupportedModelError(f"blocks must have one form to be described, got {forms[0]} and {form}")
+    return forms[0]
 
 
 def why_no_attention(attn: nn.Module, kinds: Sequence[type[nn.Module]]) -> str | None:

@@ -16,17 +16,18 @@ from vitq_kernels.models.parts import (
     FloatStep,
     ModelParts,
     Step,
-    UnsupportedModelError,
 )
 from vitq_kernels.models.timm_layers import (
     MLP_LAYERS,
     activation,
     classifiers,
+    constructor_arguments,
     embedded_pixels,
     given,
     mlp_name,
     mlp_parts,
     norm_name,
+    one_form,
     patch_convolution,
     why_no_attention,
     why_no_layers,
@@ -138,22 +139,10 @@ def describe(parts: ModelParts) -> dict[str, Any]:
         UnsupportedModelError: the blocks cannot come from one constructor.
     """
     model, first = parts.model, parts.blocks[0]
-    form = block_form(model.blocks[0])
-    for other in map(block_form, model.blocks):
-        if other != form:
-            raise UnsupportedModelError(f"blocks must have one form to be described, got {form} and {other}")
+    form = one_form([block_form(block) for block in model.blocks])
     hidden = first.mlp.fc2.in_features * (2 if isinstance(model.blocks[0].mlp, GluMlp) else 1)
     arguments = {
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": parts.patch_proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": first.attn.num_heads,
-        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
-        "mlp_ratio": (hidden + 0.5) / model.embed_dim,
+        **constructor_arguments(parts, hidden),
         "qkv_bias": first.attn.qkv.bias is not None,
         "proj_bias": first.attn.proj.bias is not None,
         "class_token": model.cls_token is not None,
