@@ -89,16 +89,24 @@ def row(c: Configuration, launch: Launch, compiled: Compiled) -> Row:
     )
 
 
+def sampled(configurations: list[Configuration], every: int) -> list[int]:
+    """The places of every N-th configuration, ordered by op and widths so that no group of N is left out."""
+    if every == 1:
+        return list(range(len(configurations)))
+    kinds = [(c.op, c.variant.split(",")[0]) for c in configurations]
+    return sorted(range(len(kinds)), key=kinds.__getitem__)[::every]
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources", description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=1, help="only every N-th configuration")
+    parser.add_argument("--every", type=int, default=1, help="only every N-th configuration, op by op")
     parser.add_argument("--edges", action="store_true", help="sizes of one and the like instead of what is shipped")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=PATH, help=f"CSV file; default: {PATH}")
     args = parser.parse_args()
     name = "edges" if args.edges else "shipped"
-    chosen = [(name, index) for index in range(0, len(LISTS[name]()), args.every)]
+    chosen = [(name, index) for index in sampled(LISTS[name](), args.every)]
     with ProcessPoolExecutor(args.workers) as pool:
         found = [row for rows in pool.map(rows_of, chosen) for row in rows]
     with args.out.open("w", newline="", encoding="utf-8") as file:

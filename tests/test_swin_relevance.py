@@ -11,7 +11,8 @@ from small_swins import SWINS, make_swin, swin_images
 from torch import Tensor, nn
 
 import vitq_kernels as vitq
-from vitq_kernels.lrp_rules import ATTNLRP, CHEFER, Composite, stable_divide
+from vitq_kernels.lrp_composite import Composite, stable_divide
+from vitq_kernels.lrp_rules import ATTNLRP, CHEFER
 from vitq_kernels.models import model_parts, model_sites
 from vitq_kernels.relevance_program import run_with_rules
 from vitq_kernels.windows import Windows, merged_patches
