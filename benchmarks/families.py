@@ -23,7 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitq_kernels as vitq
 from vitq_kernels.models import FAMILY_OF, UnsupportedModelError, model_parts
-from vitq_kernels.nn import HiddenCodes, InnerNorm, PositionBias, QuantRmsNorm, QuantWindowAttention, QueryKeyCodes
+from vitq_kernels.nn import (
+    HiddenCodes,
+    InnerNorm,
+    PositionBias,
+    QuantPostNormBlock,
+    QuantRmsNorm,
+    QuantWindowAttention,
+    QueryKeyCodes,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 COLUMNAR = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 8}
@@ -52,12 +60,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": COLUMNAR,
     "beitv2_base_patch16_224": COLUMNAR,
     "swin_tiny_patch4_window7_224": SWIN,
+    "swinv2_tiny_window8_256": SWIN,
 }
 FLOAT_STEPS = {
     QueryKeyCodes: "norm or rotation of q and k",
     HiddenCodes: "gate or activation of the MLP",
     InnerNorm: "norm inside attention",
     QuantRmsNorm: "RMSNorm",
+    QuantPostNormBlock: "norms behind attention and MLP",
 }
 INTEGER_OPERANDS = {PositionBias: "bias of positions", QuantWindowAttention: "windows"}
 ATTENTION = ("Attention", "Attn")

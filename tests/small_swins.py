@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from tests.numerics import uniform
@@ -29,14 +30,20 @@ SWINS = {
     "wide-heads": {"head_dim": 16},
     "three-stages": {"img_size": 48, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window_size": 3},
     "max-pool": {"global_pool": "max"},
+    "v2": {"version": 2},
+    "v2-padded": {"version": 2, "img_size": 28},
+    "v2-odd-sides": {"version": 2, "img_size": (20, 36), "window_size": (3, 5)},
+    "v2-pretrained": {"version": 2, "pretrained_window_sizes": (6, 3), "mlp_ratio": 2.7},  # on windows of 6, then 3
+    "v2-any-size": {"version": 2, "img_size": 28, "strict_img_size": False, "qkv_bias": False},
 }
 
 
-def make_swin(dtype: torch.dtype = torch.float64, scale: float = 0.3, **arguments: Any) -> nn.Module:
+def make_swin(dtype: torch.dtype = torch.float64, scale: float = 0.3, version: int = 1, **arguments: Any) -> nn.Module:
     """A small random Swin in eval mode, every parameter away from the zeros and ones that timm starts with."""
     base = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 10}
+    own = {} if version == 1 else {"pretrained_window_sizes": (0, 0)}
     torch.manual_seed(0)
-    model = SwinTransformer(**{**base, "window_size": 4, **arguments})
+    model = {1: SwinTransformer, 2: SwinTransformerV2}[version](**{**base, "window_size": 4, **own, **arguments})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=scale)
     return model.to(dtype).eval()
@@ -45,17 +52,23 @@ def make_swin(dtype: torch.dtype = torch.float64, scale: float = 0.3, **argument
 def realistic(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model with linears that keep the size of their inputs; some channels stand out, as those that read them know.
 
-    The tables of relative positions say up to 2 logits.
+    The tables of relative positions say up to 2 logits; a cosine counts for 6 to 16.
     """
     with torch.no_grad():
         for index, (name, parameter) in enumerate(model.named_parameters()):
             unit = uniform(-1.7, 1.7, parameter.shape, seed * 1000 + index)
             if name.endswith("bias_table"):
                 unit = 1.2 * unit
+            elif name.endswith("logit_scale"):
+                unit = math.log(10) + 0.3 * unit
             elif parameter.dim() > 1:
                 unit = unit / math.sqrt(parameter[0].numel())
                 if name.endswith(("qkv.weight", "fc1.weight", "reduction.weight", "head.fc.weight")):
                     unit[:, 1] /= OUTLIER_GAIN
+            elif isinstance(model, SwinTransformerV2) and name.startswith("layers") and name.endswith("norm.weight"):
+                unit = 1 + 0.2 * unit  # of a merging, whose outputs are the stream
+            elif isinstance(model, SwinTransformerV2) and name.startswith("layers") and "norm" in name:
+                unit = 0.4 + 0.05 * unit if name.endswith("weight") else 0.1 * unit  # what a branch adds to the stream
             elif "norm" in name and name.endswith("weight"):
                 unit = 1 + 0.2 * unit
                 unit[1] = OUTLIER_GAIN

@@ -85,10 +85,13 @@ def test_padding_repeats_the_first_row_and_never_an_earlier_call() -> None:
     assert_bitwise_equal(spy.seen[-1], x[[4, 5, 4, 4]])
 
 
-@pytest.mark.parametrize("variant", ["class-token", "distilled", "one-channel", "no-class-token", "swin"])
+@pytest.mark.parametrize(
+    "variant", ["class-token", "distilled", "one-channel", "no-class-token", "swin padded", "swin v2-padded"]
+)
 def test_a_quantized_model_gives_the_same_bits_in_any_bucket(variant: str) -> None:
-    if variant == "swin":
-        model, images = quantized_swin("padded"), swin_images("padded", 7)
+    if variant.startswith("swin"):
+        variant = variant.removeprefix("swin ")
+        model, images = quantized_swin(variant), swin_images(variant, 7)
     else:
         model, images = variant_quantized(variant), variant_images(variant, 7)
     fast = vitq.capture(model, (1, 4))

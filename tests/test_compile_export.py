@@ -55,6 +55,7 @@ CASES = [
     "class-token",
     "shifted",
     "padded",
+    "v2-padded",
     "distilled",
     "dynamic-pad",
     "mixed widths",
@@ -113,7 +114,7 @@ def test_an_exported_model_comes_back_from_its_file_and_takes_any_batch(case: st
     for count in COUNTS:
         assert_bitwise_equal(program.module()(images[:count]), model(images[:count]))
     called = {str(node.target) for node in program.graph.nodes}
-    linear = "linear_per_token" if case == "replace_linears" else "linear_residual"
+    linear = {"replace_linears": "linear_per_token", "v2-padded": "linear_real"}.get(case, "linear_residual")
     assert f"vitq.{linear}.default" in called
     assert "aten.linear.default" not in called
 

@@ -31,7 +31,12 @@ def swin() -> nn.Module:
     return realistic(make_swin(torch.float32, strict_img_size=False))
 
 
-BACKBONES = {"vit": vit, "swin": swin}
+def swin_v2() -> nn.Module:
+    """The same with norms behind and cosines."""
+    return realistic(make_swin(torch.float32, version=2, strict_img_size=False))
+
+
+BACKBONES = {"vit": vit, "swin": swin, "swin-v2": swin_v2}
 
 
 @functools.cache

@@ -283,8 +283,8 @@ REFUSED = {
     ),
     "cait": (lambda: timm.create_model("cait_xxs24_224"), r"got Cait; replace_linears\(\)"),
     "swin": (
-        lambda: timm.create_model("swinv2_tiny_window8_256"),
-        r"got SwinTransformerV2; replace_linears\(\)",
+        lambda: timm.create_model("swinv2_cr_tiny_224"),
+        r"got SwinTransformerV2Cr; replace_linears\(\)",
     ),
     "subclass": (lambda: OtherVit(img_size=16, embed_dim=16, depth=1, num_heads=1), "got OtherVit"),
     "all-blocks": (lambda: make_vit(act_layer="elu"), "no block of the model has an integer form: .*ELU"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -20,15 +21,18 @@ from vitq_kernels.rotation import rotate
 from vitq_kernels.simulation import simulated
 
 
-def test_swin_tiny_has_the_published_counts() -> None:
-    """arXiv:2103.14030, table 1: 4.5 G multiply-accumulates, 29 M parameters; 12 blocks, 3 mergings."""
+@pytest.mark.parametrize(
+    ("name", "macs"), [("swin_tiny_patch4_window7_224", 4.49), ("swinv2_tiny_window8_256", 5.92)], ids=["v1", "v2"]
+)
+def test_swin_tiny_has_the_published_counts(name: str, macs: float) -> None:
+    """arXiv:2103.14030, table 1: 4.5 G multiply-accumulates, 29 M parameters; 12 blocks, 3 mergings; V2: 5.9 G."""
     with torch.device("meta"):
-        model = timm.create_model("swin_tiny_patch4_window7_224")
+        model = timm.create_model(name)
     sites = model_sites(model)
     kinds = Counter(site.kind for site in sites)
     blocks = dict.fromkeys(("qkv", "qk", "av", "proj", "fc1", "fc2"), 12)
     assert kinds == {"patch_embed": 1, "reduction": 3, "head": 1} | blocks
-    assert sum(site.macs for site in sites) / 1e9 == pytest.approx(4.49, abs=0.02)
+    assert sum(site.macs for site in sites) / 1e9 == pytest.approx(macs, abs=0.02)
     assert sum(site.rows * site.cols for site in sites) / 1e6 == pytest.approx(28.2, abs=0.1)
     assert all(block.attn.head_dim == 32 for block in model_parts(model).blocks)
 
@@ -48,7 +52,7 @@ def test_sites_are_the_modules_of_their_names(variant: str) -> None:
         if site.has_weight:
             weight = model.get_submodule(site.name).weight
             assert (site.rows, site.cols) == (weight.shape[0], weight[0].numel())
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and "cpb_mlp" not in n}
     assert {site.name for site in sites if site.has_weight} == linears
 
 
@@ -83,7 +87,7 @@ def test_float_block_is_the_models_block(variant: str) -> None:
             own = model.get_submodule(step.name)
             if isinstance(step, BlockParts):
                 found = float_block(step, x)
-                middle = x + own._attn(own.norm1(x))
+                middle = x + (own.norm1(own._attn(x)) if step.post_norm else own._attn(own.norm1(x)))
                 torch.testing.assert_close(found.middle, middle, rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(found.out, own(x), rtol=1e-5, atol=1e-5)
             x = own(x)
@@ -99,8 +103,9 @@ def test_config_builds_the_same_model_again(variant: str) -> None:
         assert_bitwise_equal(built(images), model(images))
 
 
-def test_a_resized_model_is_described_as_it_is() -> None:
-    model = swin()
+@pytest.mark.parametrize("variant", ["shifted", "v2"])
+def test_a_resized_model_is_described_as_it_is(variant: str) -> None:
+    model = swin(variant)
     model.set_input_size(img_size=(48, 32), window_size=(3, 4))
     built = build_model(model_config(model))
     built.load_state_dict(model.state_dict())
@@ -116,10 +121,20 @@ def test_the_simulated_model_is_the_float_model_until_it_quantizes(variant: str)
         torch.testing.assert_close(simulated(model)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+def test_a_cosine_counts_for_at_most_100() -> None:
+    """arXiv:2111.09883, section 3.3, as the authors' code has it: tau is at least 0.01, for each head its own."""
+    model = swin("v2")
+    logs = torch.tensor([5.0, 2.0]).view(2, 1, 1)
+    with torch.no_grad():
+        model.layers[1].blocks[0].attn.logit_scale.copy_(logs)
+    part = model_parts(model).blocks[2]
+    torch.testing.assert_close(part.attn.softmax_scale.flatten(), torch.tensor([100.0, math.exp(2)]))
+
+
 # --- calibration --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["shifted", "padded"])
+@pytest.mark.parametrize("variant", ["shifted", "padded", "v2-padded"])
 def test_ranges_are_those_of_the_linears_inputs(variant: str) -> None:
     """Recomputed from the float program; padding enters qkv, and never proj."""
     model, images = swin(variant), swin_images(variant, 4)
@@ -130,7 +145,7 @@ def test_ranges_are_those_of_the_linears_inputs(variant: str) -> None:
         for step in parts.steps:
             if isinstance(step, BlockParts):
                 windows = step.attn.windows_of(x)
-                y = windows.pad(step.norm1(x))
+                y = windows.pad(x if step.post_norm else step.norm1(x))
                 q, k, v = step.attn.heads(step.attn.qkv(y), windows)
                 scores = q @ k.mT * step.attn.softmax_scale + step.attn.bias_of(windows)
                 inputs = {"attn.qkv": y, "attn.proj": step.attn.merged(scores.softmax(-1) @ v, windows)}
@@ -174,10 +189,10 @@ def test_a_block_without_integer_form_is_named() -> None:
         model_config(model)
 
 
-def test_version_2_is_refused_by_name() -> None:
+def test_version_2_with_convolutions_is_refused_by_name() -> None:
     with torch.device("meta"):
-        model = timm.create_model("swinv2_tiny_window8_256")
-    with pytest.raises(UnsupportedModelError, match="got SwinTransformerV2"):
+        model = timm.create_model("swinv2_cr_tiny_224")
+    with pytest.raises(UnsupportedModelError, match="got SwinTransformerV2Cr"):
         model_sites(model)
 
 

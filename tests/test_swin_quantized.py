@@ -51,19 +51,23 @@ def test_w8a8_is_near_the_float_model(variant: str) -> None:
 
 
 @pytest.mark.slow
-def test_swin_tiny_keeps_its_logits() -> None:
+@pytest.mark.parametrize(
+    ("name", "size"), [("swin_tiny_patch4_window7_224", 224), ("swinv2_tiny_window8_256", 256)], ids=["v1", "v2"]
+)
+def test_swin_tiny_keeps_its_logits(name: str, size: int) -> None:
     """The published shapes, outlier channels of eight times the range; the last image is not of the calibration."""
-    model = realistic(timm.create_model("swin_tiny_patch4_window7_224").eval())
-    images = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    model = realistic(timm.create_model(name).eval())
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(3))
     found = vitq.quantize(model, images[:2])(images)
     assert F.cosine_similarity(found, model(images)).min() >= 0.999
 
 
-@pytest.mark.parametrize("window", [7, 8, 12, 16, 24])
-def test_windows_of_every_published_size_work(window: int) -> None:
+@pytest.mark.parametrize(("window", "version"), [(7, 1), (8, 1), (12, 1), (16, 1), (24, 1), (8, 2), (16, 2)])
+def test_windows_of_every_published_size_work(window: int, version: int) -> None:
     """Two blocks with one head of 32 channels on four windows, the second block shifted."""
     arguments = {"img_size": 4 * window, "patch_size": 2, "embed_dim": 32, "depths": (2,), "num_heads": (1,)}
-    model = realistic(make_swin(torch.float32, window_size=window, **arguments))
+    own = {} if version == 1 else {"pretrained_window_sizes": (0,)}
+    model = realistic(make_swin(torch.float32, window_size=window, version=version, **arguments, **own))
     images = torch.randn(3, 3, 4 * window, 4 * window, generator=torch.Generator().manual_seed(1))
     qmodel = vitq.quantize(model, images[:2])
     assert [tuple(m.bias_q.shape) for m in window_attentions(qmodel).values()] == [
@@ -72,23 +76,25 @@ def test_windows_of_every_published_size_work(window: int) -> None:
     assert F.cosine_similarity(qmodel(images), model(images)).min() > 0.998
 
 
-@pytest.mark.parametrize("variant", ["shifted", "padded", "odd-sides"])
+@pytest.mark.parametrize("variant", ["shifted", "padded", "odd-sides", "v2-padded"])
 def test_attention_is_that_of_each_window_alone(variant: str) -> None:
     """timm's roll, pad, partition and reverse of the codes around the op without windows."""
     for module in window_attentions(quantized_swin(variant)).values():
         windows = module.windows
         channels = module.qkv.in_features
         x = integers(-128, 127, (2, *windows.grid, channels), 0).to(torch.int8)
-        rolled = torch.roll(x, (-windows.shift[0], -windows.shift[1]), (1, 2))
-        full = module.padding.expand(2, *windows.padded, channels).clone()
+        before = x if module.codes is None else module.codes(module.qkv(x))
+        rolled = torch.roll(before, (-windows.shift[0], -windows.shift[1]), (1, 2))
+        full = module.padding.expand(2, *windows.padded, -1).clone()
         full[:, : windows.grid[0], : windows.grid[1]] = rolled
         (rows, columns), (height, width) = windows.padded, windows.size
         out = torch.zeros(2, rows, columns, module.num_heads * module.head_dim, dtype=torch.int8)
         for index in range(windows.count):
             top, left = divmod(index, columns // width)
             place = (slice(None), slice(top * height, (top + 1) * height), slice(left * width, (left + 1) * width))
-            qkv = module.qkv(full[place].flatten(1, 2)).unflatten(-1, (3, module.num_heads, module.head_dim))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            qkv = full[place].flatten(1, 2)
+            qkv = module.qkv(qkv) if module.codes is None else qkv
+            q, k, v = qkv.unflatten(-1, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
             tables = (module.kappa, module.levels, module.multiplier, module.zero_point)
             bias = module.bias_q[module.pattern[index]][None]
             found = ops.attention(q, k, v, *tables, bias, None, module.out_bits)
@@ -97,11 +103,27 @@ def test_attention_is_that_of_each_window_alone(variant: str) -> None:
         assert_bitwise_equal(module.attend(x), torch.roll(cropped, windows.shift, (1, 2)))
 
 
-def test_the_bias_is_the_float_models_in_units_of_the_score() -> None:
-    """``bias_q * kappa`` counts code steps: tau octaves each, a logit being log2(e) octaves."""
-    model, stats = swin(), calibrate(swin(), swin_images())
+def test_padding_of_version_2_has_the_codes_of_a_token_of_zeros() -> None:
+    """Its key has no direction; the direction of a rounding error would count as much as any other key."""
+    model = swin("v2-padded")
     for part in model_parts(model).blocks:
-        module = quantized_swin().get_submodule(f"{part.name}.attn")
+        module = quantized_swin("v2-padded").get_submodule(f"{part.name}.attn")
+        zeros = torch.zeros(1, 1, part.attn.qkv.in_features)
+        q, k, _ = (part.attn.merged(t, None).flatten() for t in part.attn.heads(part.attn.qkv(zeros), None))
+        assert not k.any()
+        codes = module.codes
+        found_q, found_k, _ = module.padding.float().div(codes.inv_scale).chunk(3)
+        step_q, step_k, _ = codes.inv_scale.reciprocal().chunk(3)
+        assert ((found_q - q).abs() <= 0.51 * step_q).all()
+        assert ((found_k + codes.key_centre - k).abs() <= 0.51 * step_k).all()
+
+
+@pytest.mark.parametrize("variant", ["shifted", "v2"])
+def test_the_bias_is_the_float_models_in_units_of_the_score(variant: str) -> None:
+    """``bias_q * kappa`` counts code steps: tau octaves each, a logit being log2(e) octaves."""
+    model, stats = swin(variant), calibrate(swin(variant), swin_images(variant))
+    for part in model_parts(model).blocks:
+        module = quantized_swin(variant).get_submodule(f"{part.name}.attn")
         index = stats.tau_error[f"{part.name}.attn.av"][-1].argmin(0).tolist()
         tau = torch.tensor([log2_steps(8)[i] for i in index]).double()
         octave = (module.kappa.double() * tau)[:, None, None]
@@ -129,9 +151,10 @@ def test_scores_that_hardly_differ_leave_the_bias_and_the_mask_their_say() -> No
 
 
 @pytest.mark.parametrize("bits", [4, 6])
-def test_narrow_activations_work(bits: int) -> None:
-    model, images = swin(), fresh_images("shifted")
-    found = quantized_swin("shifted", 8, bits)(images)
+@pytest.mark.parametrize("variant", ["shifted", "v2"])
+def test_narrow_activations_work(variant: str, bits: int) -> None:
+    model, images = swin(variant), fresh_images(variant)
+    found = quantized_swin(variant, 8, bits)(images)
     assert F.cosine_similarity(found, model(images)).min() > {4: 0.8, 6: 0.98}[bits]
 
 
@@ -171,7 +194,7 @@ def test_rows_of_many_widths_work_and_are_stored() -> None:
     assert F.cosine_similarity(qmodel(images), model(images)).min() > 0.8
 
 
-@pytest.mark.parametrize("variant", ["padded", "any-size", "window-by-stage"])
+@pytest.mark.parametrize("variant", ["padded", "any-size", "window-by-stage", "v2-pretrained", "v2-any-size"])
 def test_a_file_gives_the_same_model(variant: str, tmp_path) -> None:
     qmodel, images = quantized_swin(variant), fresh_images(variant)
     vitq.save(qmodel, tmp_path / "swin.safetensors")
@@ -194,20 +217,22 @@ def test_a_bias_beyond_the_limit_is_cut_when_loaded() -> None:
     assert model.get_submodule(name).bias_q.abs().max() <= 2 * BIAS_LIMIT
 
 
-def test_maps_of_any_size_go_through_a_model_that_takes_them() -> None:
-    model = swin("any-size")
+@pytest.mark.parametrize("variant", ["any-size", "v2-any-size"])
+def test_maps_of_any_size_go_through_a_model_that_takes_them(variant: str) -> None:
+    model = swin(variant)
     images = torch.randn(4, 3, 44, 20, generator=torch.Generator().manual_seed(0))
-    found, exact = quantized_swin("any-size")(images), model(images)
+    found, exact = quantized_swin(variant)(images), model(images)
     assert F.cosine_similarity(found, exact).min() > 0.995
-    features = quantized_swin("any-size").forward_intermediates(images, intermediates_only=True)
+    features = quantized_swin(variant).forward_intermediates(images, intermediates_only=True)
     for ours, theirs in zip(features, model.forward_intermediates(images, intermediates_only=True), strict=True):
         assert ours.shape == theirs.shape
         assert F.cosine_similarity(ours.flatten(1), theirs.flatten(1)).min() > 0.99
 
 
-def test_half_precision_keeps_the_integers() -> None:
-    model = vitq.quantize(swin(), stats=calibrate(swin(), swin_images()))
-    images = fresh_images("shifted")
+@pytest.mark.parametrize("variant", ["shifted", "v2"])
+def test_half_precision_keeps_the_integers(variant: str) -> None:
+    model = vitq.quantize(swin(variant), stats=calibrate(swin(variant), swin_images(variant)))
+    images = fresh_images(variant)
     exact = model(images)
     half = model.half()
     assert half.layers[0].blocks[0].attn.bias_q.dtype == torch.int32

@@ -61,7 +61,7 @@ def without_biases(model: nn.Module) -> nn.Module:
     """Nothing but the tokens can take relevance: no biases of linears and norms, no relative positions."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "bias_table")):
+            if name.endswith((".bias", "bias_table", "q_bias", "v_bias")):
                 parameter.zero_()
     return model
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitq_kernels.compensation import BlockOutputs, Stream
 from vitq_kernels.models import AttentionParts, BlockParts
 from vitq_kernels.nn import (
+    FloatNorm,
     InnerNorm,
     PositionBias,
     QuantAttention,
@@ -40,6 +41,7 @@ def convert_attention(
     inputs: Stream,
     stream: Stream,
     wanted: list[BlockOutputs],
+    behind: FloatNorm | None,
 ) -> QuantAttention:
     """qkv, integer attention and proj (semantics S4); the stream moves on behind it.
 
@@ -54,6 +56,7 @@ def convert_attention(
         inputs: codes that enter it.
         stream: the residual stream that enters the block; the one behind attention afterwards.
         wanted: what the float block computes; empty without images.
+        behind: the norm between its last linear and the stream, if there is one.
     """
     qkv_site, qk, av, proj_site = (f"{block.name}.attn.{s}" for s in ("qkv", "qk", "av", "proj"))
     attn, stats = block.attn, sites.stats
@@ -69,8 +72,14 @@ def convert_attention(
 
     fmt = QuantFormat(quantizer.bits)
     padding = quantizer.zero_point.clamp(fmt.qmin, fmt.qmax).to(torch.int8)
-    entering = [x if attn.windows is None else attn.windows_of(x).pad(x, padding) for x in inputs]
-    folded = sites.fold(qkv_site, attn.qkv, quantizer, entering, targets=[w.qkv for w in wanted])
+    entering, targets = inputs, [w.qkv for w in wanted]
+    if attn.windows is not None:
+        windows = [attn.windows_of(x) for x in inputs]
+        if attn.fused:
+            entering = [own.pad(x, padding) for own, x in zip(windows, inputs, strict=True)]
+        else:
+            targets = [own.crop(y) for own, y in zip(windows, targets, strict=bool(targets))]
+    folded = sites.fold(qkv_site, attn.qkv, quantizer, entering, targets=targets)
     out_scale = torch.cat((q_scale, k_scale, v_scale))
     codes_of_qkv = None
     if attn.fused:
@@ -87,9 +96,11 @@ def convert_attention(
         value_centre = torch.cat((torch.zeros_like(middle), torch.zeros_like(middle), middle))
         qkv = sites.real_linear(folded, None, value_centre)
         codes_of_qkv = _query_key_codes(attn, (1.0 / out_scale.double()).float(), key_mean, code_bits)
+        bias = torch.zeros_like(value_centre) if attn.qkv.bias is None else attn.qkv.bias.detach().float()
+        padding = codes_of_qkv(bias - value_centre)
     tau_index = stats.tau_error[av][av_bits - MIN_BITS].argmin(0)
     tau = [log2_steps(av_bits)[i] for i in tau_index.tolist()]
-    octaves = attn.softmax_scale * math.log2(math.e)
+    octaves = attn.scale_of_heads * math.log2(math.e)
     kappa = score_scale.double() * octaves / torch.tensor(tau, dtype=torch.float64, device=score_scale.device)
     # What attention puts out enters proj, or a norm before it, in 8 bits then.
     if attn.norm is None:
@@ -113,16 +124,15 @@ def convert_attention(
         bias = None if attn.grid is None else PositionBias(_score_units(attn, score_scale), attn.grid)
         result = QuantAttention(qkv, qkv, *tables, codes_of_qkv, norm, bias)
     else:
-        result = QuantWindowAttention(qkv, qkv, *tables, _score_units(attn, score_scale), padding, attn.windows)
+        bias_table = _score_units(attn, score_scale)
+        result = QuantWindowAttention(qkv, qkv, *tables, bias_table, padding, attn.windows, codes_of_qkv)
     codes = [result.attend(x) if attn.rope is None else result.attend(x, attn.rope.table) for x in inputs]
-    # What the residual stream lacks, the errors of the blocks before included.
-    targets = [w.middle - x for w, x in zip(wanted, stream, strict=bool(wanted))]
-    scale = block.layer_scale1
     if norm is not None:
         out, middle = into_proj, torch.zeros_like(middle)
-    proj = sites.fold(proj_site, attn.proj, out, codes, targets=targets, layer_scale=scale, shift=middle)
-    result.proj = QuantLinear(proj.weight, proj.multiplier(), proj.bias_q(), "residual", input_bits=proj.input_bits)
-    stream[:] = map(result.proj, codes, stream)
+    ends = [(w.proj, w.middle) for w in wanted]
+    result.proj = sites.branch_end(
+        proj_site, attn.proj, out, codes, stream, ends, behind, block.layer_scale1, shift=middle
+    )
     return result
 
 
@@ -131,12 +141,12 @@ def _least_score_scale(attn: AttentionParts) -> Tensor | float:
     if attn.bias_table is None:
         return 0.0
     reach = attn.bias_table.detach().double().abs().amax(0).clamp_min(BIAS_REACH)
-    return reach / (attn.softmax_scale * BIAS_LIMIT)
+    return reach / (attn.scale_of_heads * BIAS_LIMIT)
 
 
 def _score_units(attn: AttentionParts, score_scale: Tensor) -> Tensor:
     """The bias table in units of the integer score, int32 [T, H]."""
-    units = attn.bias_table.detach().double() / (score_scale.double() * attn.softmax_scale)
+    units = attn.bias_table.detach().double() / (score_scale.double() * attn.scale_of_heads)
     return units.round().clamp(-BIAS_LIMIT, BIAS_LIMIT).int()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitq_kernels.models import BlockParts
 from vitq_kernels.observers import InputMoments
@@ -24,8 +24,10 @@ class BlockOutputs:
     """What the float model computes inside a block, [B, S, ...] or maps [B, H, W, ...]."""
 
     qkv: Tensor  # [B, L, ...] of the padded map where attention is in windows
+    proj: Tensor  # before layer scale or norm
     middle: Tensor  # the residual stream after attention
     fc1: Tensor  # before the activation
+    fc2: Tensor  # before layer scale or norm
     out: Tensor  # the residual stream behind the block
 
 
@@ -33,17 +35,28 @@ def float_block(block: BlockParts, x: Tensor) -> BlockOutputs:
     """The float block on its residual stream [B, S, C], or a map [B, H, W, C]."""
     attn, mlp = block.attn, block.mlp
     windows = attn.windows_of(x)
-    y = block.norm1(x)
+    y = _normed(x, block.before[0])
     qkv = attn.qkv(y if windows is None else windows.pad(y))
     q, k, v = attn.heads(qkv, windows)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn.bias_of(windows), scale=attn.softmax_scale)
+    scale = attn.softmax_scale
+    if isinstance(scale, Tensor):
+        q, scale = q * scale, 1.0
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn.bias_of(windows), scale=scale)
     attended = attn.merged(attended, windows)
-    y = attn.proj(attended if attn.norm is None else attn.norm(attended))
-    middle = x + (y if block.layer_scale1 is None else y * block.layer_scale1)
-    fc1 = mlp.fc1(block.norm2(middle))
-    hidden = mlp.hidden(fc1)
-    y = mlp.fc2(hidden if mlp.norm is None else mlp.norm(hidden))
-    return BlockOutputs(qkv, middle, fc1, middle + (y if block.layer_scale2 is None else y * block.layer_scale2))
+    proj = attn.proj(_normed(attended, attn.norm))
+    middle = x + _normed(_scaled(proj, block.layer_scale1), block.behind[0])
+    fc1 = mlp.fc1(_normed(middle, block.before[1]))
+    fc2 = mlp.fc2(_normed(mlp.hidden(fc1), mlp.norm))
+    out = middle + _normed(_scaled(fc2, block.layer_scale2), block.behind[1])
+    return BlockOutputs(qkv, proj, middle, fc1, fc2, out)
+
+
+def _scaled(x: Tensor, layer_scale: Tensor | None) -> Tensor:
+    return x if layer_scale is None else x * layer_scale
+
+
+def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 def mean_output(targets: Sequence[Tensor]) -> Tensor:

@@ -18,11 +18,13 @@ from vitq_kernels.nn import (
     QuantLinear,
     QuantPatchEmbed,
     QuantPatchMerging,
+    QuantPostNormBlock,
+    QuantPostNormMerging,
     flatten_patches,
 )
 from vitq_kernels.quantizers import AffineQuantizer
 from vitq_kernels.reconstruction import reconstruct
-from vitq_kernels.site_converter import SiteConverter
+from vitq_kernels.site_converter import SiteConverter, float_norm
 from vitq_kernels.spec import BitAllocation
 from vitq_kernels.windows import merged_patches
 
@@ -54,15 +56,19 @@ class Converter(SiteConverter):
         quantize_input = QuantizeInput(q.inv_scale, q.zero_point, q.bits)
         return self.real_linear(self.fold(name, module, q, [quantize_input(x) for x in features]), quantize_input)
 
-    def block(self, block: BlockParts, stream: Stream) -> QuantBlock:
+    def block(self, block: BlockParts, stream: Stream) -> QuantBlock | QuantPostNormBlock:
         """A transformer block, given the residual stream that enters it; the stream comes out behind the block."""
         wanted, entering = [float_block(block, x) for x in self.float_stream], list(stream)
-        norm1, q1 = self.norm(block.norm1, f"{block.name}.attn.qkv", "qkv")
-        attn = convert_attention(self, block, q1, [norm1(x) for x in stream], stream, wanted)
-        norm2, q2 = self.norm(block.norm2, f"{block.name}.mlp.fc1", "fc1")
-        mlp = convert_mlp(self, block, q2, [norm2(x) for x in stream], stream, wanted)
+        behind1, behind2 = (None if norm is None else float_norm(norm) for norm in block.behind)
+        codes1, q1 = self.norm(block.before[0], f"{block.name}.attn.qkv", "qkv")
+        attn = convert_attention(self, block, q1, [codes1(x) for x in stream], stream, wanted, behind1)
+        codes2, q2 = self.norm(block.before[1], f"{block.name}.mlp.fc1", "fc1")
+        mlp = convert_mlp(self, block, q2, [codes2(x) for x in stream], stream, wanted, behind2)
         self.float_stream = [block.out for block in wanted]
-        result = QuantBlock(norm1, attn, norm2, mlp)
+        if behind1 is not None and behind2 is not None:
+            result = QuantPostNormBlock(codes1, attn, behind1, codes2, mlp, behind2)
+        else:
+            result = QuantBlock(codes1, attn, codes2, mlp)
         if entering and self.config.reconstruction:
             if not block.plain:
                 raise UnsupportedModelError(f"reconstruction: {block.name} must be a block as of ViT, with LayerNorms")
@@ -71,14 +77,20 @@ class Converter(SiteConverter):
             stream[:] = [result(x, **block.arguments) for x in entering]
         return result
 
-    def merging(self, merging: MergingParts, stream: Stream) -> QuantPatchMerging:
+    def merging(self, merging: MergingParts, stream: Stream) -> QuantPatchMerging | QuantPostNormMerging:
         """A patch merging, given the stream that enters it; the stream comes out behind it."""
-        wanted = [merging.reduction(merging.norm(merged_patches(x))) for x in self.float_stream]
+        patches = [merged_patches(x) for x in self.float_stream]
         name, linear = next(iter(merging.linears.items()))
-        norm, quantizer = self.norm(merging.norm, name, "reduction")
-        codes = [norm(merged_patches(x)) for x in stream]
-        folded = self.fold(name, linear, quantizer, codes, targets=wanted)
-        result = QuantPatchMerging(norm, self.real_linear(folded, None))
+        before, behind = (None, merging.norm) if merging.post_norm else (merging.norm, None)
+        wanted = [linear(x if before is None else before(x)) for x in patches]
+        codes, quantizer = self.norm(before, name, "reduction")
+        folded = self.fold(name, linear, quantizer, [codes(merged_patches(x)) for x in stream], targets=wanted)
+        reduction = self.real_linear(folded, None)
+        if behind is None:
+            result = QuantPatchMerging(codes, reduction)
+        else:
+            result = QuantPostNormMerging(codes, reduction, float_norm(behind))
+            wanted = [behind(y) for y in wanted]
         self.float_stream = wanted
         stream[:] = map(result, stream)
         return result

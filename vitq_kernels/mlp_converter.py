@@ -10,7 +10,7 @@ from vitq_kernels.config import LEVEL_BITS
 from vitq_kernels.folding import FoldedLinear
 from vitq_kernels.levels import LevelHistogram, level_scale
 from vitq_kernels.models import BlockParts
-from vitq_kernels.nn import HiddenCodes, QuantizeInput, QuantLinear, QuantMlp
+from vitq_kernels.nn import FloatNorm, HiddenCodes, QuantizeInput, QuantLinear, QuantMlp
 from vitq_kernels.quantizers import AffineQuantizer
 from vitq_kernels.site_converter import SiteConverter
 from vitq_kernels.spec import MAX_BITS
@@ -23,6 +23,7 @@ def convert_mlp(
     inputs: Stream,
     stream: Stream,
     wanted: list[BlockOutputs],
+    behind: FloatNorm | None,
 ) -> QuantMlp:
     """fc1 with GELU and channel-wise requantization in its epilogue, fc2 with the residual in its own.
 
@@ -52,10 +53,8 @@ def convert_mlp(
             input_bits=folded.input_bits,
         )
     codes = [fc1(x) if between is None else between(fc1(x)) for x in inputs]
-    targets = [w.out - x for w, x in zip(wanted, stream, strict=bool(wanted))]
-    folded = sites.fold(site2, block.mlp.fc2, hidden, codes, targets=targets, layer_scale=block.layer_scale2)
-    fc2 = QuantLinear(folded.weight, folded.multiplier(), folded.bias_q(), "residual", input_bits=folded.input_bits)
-    stream[:] = map(fc2, codes, stream)
+    ends = [(w.fc2, w.out) for w in wanted]
+    fc2 = sites.branch_end(site2, block.mlp.fc2, hidden, codes, stream, ends, behind, block.layer_scale2)
     return QuantMlp(fc1, fc2, between)
 
 

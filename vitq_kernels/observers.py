@@ -130,12 +130,12 @@ class InputMoments:
         return self.square / self.mass - cross - cross.t() + torch.outer(mean, mean)
 
 
-def tau_errors(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, bias: Tensor | None = None) -> Tensor:
+def tau_errors(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
     """Squared error of the attention output for every width and step of the log2 code (semantics S4).
 
     Args:
         q, k, v: float32 [..., H, S, D].
-        softmax_scale: factor of the scores.
+        softmax_scale: factor of the scores; [H, 1, 1] where every head has its own.
         bias: added to the logits, broadcasts to [..., H, S, S]; or None.
 
     Returns:

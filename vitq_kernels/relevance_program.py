@@ -89,7 +89,7 @@ def run_with_rules(
 
 def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
     attn, mlp = block.attn, block.mlp
-    y = rules.norm(x, block.norm1)
+    y = _optional_norm(rules, x, block.before[0])
     windows = attn.windows_of(x)
     y = y if windows is None else windows.pad(y)
     qkv = site(f"{block.name}.attn.qkv", rules.linear(y, attn.qkv))
@@ -104,16 +104,20 @@ def _block(rules: Composite, block: BlockParts, x: Tensor, site: Callable[[str, 
     y = rules.matmul(rules.softmax(logits), v)
     y = site(f"{block.name}.attn.av", attn.merged(y, windows))
     y = site(f"{block.name}.attn.proj", rules.linear(_optional_norm(rules, y, attn.norm), attn.proj))
-    x = rules.add(x, y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach()))
-    y = site(f"{block.name}.mlp.fc1", rules.linear(rules.norm(x, block.norm2), mlp.fc1))
+    y = y if block.layer_scale1 is None else rules.scale(y, block.layer_scale1.detach())
+    x = rules.add(x, _optional_norm(rules, y, block.behind[0]))
+    y = site(f"{block.name}.mlp.fc1", rules.linear(_optional_norm(rules, x, block.before[1]), mlp.fc1))
     y = _optional_norm(rules, _hidden(rules, y, mlp), mlp.norm)
     y = site(f"{block.name}.mlp.fc2", rules.linear(y, mlp.fc2))
-    return rules.add(x, y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach()))
+    y = y if block.layer_scale2 is None else rules.scale(y, block.layer_scale2.detach())
+    return rules.add(x, _optional_norm(rules, y, block.behind[1]))
 
 
 def _merging(rules: Composite, merging: MergingParts, x: Tensor, site: Callable[[str, Tensor], Tensor]) -> Tensor:
-    y = rules.norm(merged_patches(x), merging.norm)
-    return site(f"{merging.name}.reduction", rules.linear(y, merging.reduction))
+    name = f"{merging.name}.reduction"
+    if merging.post_norm:
+        return rules.norm(site(name, rules.linear(merged_patches(x), merging.reduction)), merging.norm)
+    return site(name, rules.linear(rules.norm(merged_patches(x), merging.norm), merging.reduction))
 
 
 def _optional_norm(rules: Composite, x: Tensor, norm: nn.Module | None) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vitq_kernels.calibration import CalibrationStats
-from vitq_kernels.compensation import compensated, mean_output
+from vitq_kernels.compensation import Stream, compensated, mean_output
 from vitq_kernels.config import MINMAX_BITS, QuantConfig
 from vitq_kernels.folding import FoldedLinear, fold_linear
 from vitq_kernels.models import ModelParts
@@ -19,8 +21,6 @@ from vitq_kernels.spec import BitAllocation, SiteKind
 # classes: new images leave the calibrated ranges. ViT-Tiny, only the last fc2 input at 8 bits: KL .0019 with the ranges
 # as calibrated, .0003 with twice as wide ones. Below 6 bits there is no resolution to spare.
 CLASS_MARGIN = 2.0
-
-Stream = list[Tensor]  # one tensor a batch: codes or the residual stream of the model as far as it is converted
 
 
 class SiteConverter:
@@ -121,9 +121,55 @@ class SiteConverter:
             quantize_input=quantize_input,
         )
 
-    def norm(self, norm: nn.Module, site: str, kind: SiteKind) -> tuple[QuantLayerNorm | QuantRmsNorm, AffineQuantizer]:
-        """A norm that writes the codes of ``site``: channel-wise scales cost nothing, the site's columns carry them."""
+    def branch_end(
+        self,
+        site: str,
+        module: nn.Linear,
+        quantizer: AffineQuantizer,
+        codes: Stream,
+        stream: Stream,
+        wanted: Sequence[tuple[Tensor, Tensor]],
+        norm: FloatNorm | None,
+        layer_scale: Tensor | None,
+        shift: Tensor | None = None,
+    ) -> QuantLinear:
+        """The linear at the end of a branch; the stream moves on behind the branch.
+
+        It adds to the residual stream or, with a norm behind it, is to real numbers.
+
+        Args:
+            site, module, quantizer, layer_scale, shift: as of ``fold``.
+            codes: that enter it.
+            stream: the residual stream that the branch is added to.
+            wanted: what the linear puts out in the float model, and the stream behind the branch.
+            norm: what stands between the linear and the stream.
+        """
+        if norm is None:
+            # What the residual stream lacks, the errors of the blocks before included.
+            targets = [after - x for (_, after), x in zip(wanted, stream, strict=bool(wanted))]
+        else:
+            targets = [out for out, _ in wanted]
+        folded = self.fold(site, module, quantizer, codes, targets=targets, layer_scale=layer_scale, shift=shift)
+        if norm is not None:
+            linear = self.real_linear(folded, None)
+            stream[:] = [x + norm(linear(c)).to(x.dtype) for c, x in zip(codes, stream, strict=True)]
+            return linear
+        linear = QuantLinear(
+            folded.weight, folded.multiplier(), folded.bias_q(), "residual", input_bits=folded.input_bits
+        )
+        stream[:] = map(linear, codes, stream)
+        return linear
+
+    def norm(
+        self, norm: nn.Module | None, site: str, kind: SiteKind
+    ) -> tuple[QuantLayerNorm | QuantRmsNorm | QuantizeInput, AffineQuantizer]:
+        """A norm that writes the codes of ``site``: channel-wise scales cost nothing, the site's columns carry them.
+
+        Without a norm, what writes the codes alone.
+        """
         q = self.quantizer(site, kind)
+        if norm is None:
+            return QuantizeInput(q.inv_scale, q.zero_point, q.bits), q
         if not isinstance(norm, nn.LayerNorm):
             return QuantRmsNorm(float_norm(norm), QuantizeInput(q.inv_scale, q.zero_point, q.bits)), q
         gamma = torch.ones_like(q.scale) if norm.weight is None else norm.weight.detach().float()

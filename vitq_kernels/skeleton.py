@@ -21,6 +21,8 @@ from vitq_kernels.nn import (
     QuantMlp,
     QuantPatchEmbed,
     QuantPatchMerging,
+    QuantPostNormBlock,
+    QuantPostNormMerging,
     QuantRmsNorm,
     QuantWindowAttention,
     QueryKeyCodes,
@@ -56,7 +58,7 @@ def quantized_skeleton(model: nn.Module, allocation: BitAllocation, tensors: Con
     return model
 
 
-def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> QuantBlock:
+def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> QuantBlock | QuantPostNormBlock:
     def at(suffix: str) -> SiteBits:
         return allocation.sites[f"{block.name}.{suffix}"]
 
@@ -65,9 +67,11 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
     qkv, qk, av, proj = at("attn.qkv"), at("attn.qk"), at("attn.av"), at("attn.proj")
     fc1, fc2 = at("mlp.fc1"), at("mlp.fc2")
     inner = attn_parts.norm
+    end: Epilogue = "real" if block.post_norm else "residual"
+    codes = None if attn_parts.fused else _query_key(attn_parts, qk.activation)
     common = (
         _linear(qkv, attn_parts.qkv.in_features, "codes" if attn_parts.fused else "real", qk.activation),
-        _linear(proj, attn_parts.proj.in_features, "residual"),
+        _linear(proj, attn_parts.proj.in_features, end),
         _empty(heads),
         _empty(heads, 1 << av.activation, dtype=torch.uint8),
         _empty(heads, dim),
@@ -75,13 +79,12 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
         proj.activation if inner is None else MAX_BITS,
     )
     if attn_parts.windows is None:
-        codes = None if attn_parts.fused else _query_key(attn_parts, qk.activation)
         norm = None if inner is None else InnerNorm(_empty(heads * dim), _empty(heads * dim), _norm(inner, proj))
         bias = None if attn_parts.grid is None else PositionBias(_bias_table(attn_parts), attn_parts.grid)
         attn = QuantAttention(*common, codes, norm, bias)
     else:
-        padding = _empty(attn_parts.qkv.in_features, dtype=torch.int8)
-        attn = QuantWindowAttention(*common, _bias_table(attn_parts), padding, attn_parts.windows)
+        padding = _empty(attn_parts.qkv.in_features if codes is None else 3 * heads * dim, dtype=torch.int8)
+        attn = QuantWindowAttention(*common, _bias_table(attn_parts), padding, attn_parts.windows, codes)
     epilogue: Epilogue = "real" if mlp_parts.gelu is None else "gelu levels" if gelu_levels else "gelu"
     hidden = None
     if mlp_parts.gelu is None:
@@ -90,15 +93,24 @@ def _block(block: BlockParts, allocation: BitAllocation, gelu_levels: bool) -> Q
         hidden = HiddenCodes(mlp_parts.activation, mlp_parts.gate, hidden_codes)
     mlp = QuantMlp(
         _linear(fc1, mlp_parts.fc1.in_features, epilogue, fc2.activation, mlp_parts.gelu or "none"),
-        _linear(fc2, mlp_parts.fc2.in_features, "residual", input_bits=MAX_BITS if gelu_levels else None),
+        _linear(fc2, mlp_parts.fc2.in_features, end, input_bits=MAX_BITS if gelu_levels else None),
         hidden,
     )
+    if block.post_norm:
+        codes1, codes2 = (
+            _quantize_input(linear.in_features, site) for linear, site in ((attn_parts.qkv, qkv), (mlp_parts.fc1, fc1))
+        )
+        return QuantPostNormBlock(codes1, attn, _float_norm(block.norm1), codes2, mlp, _float_norm(block.norm2))
     return QuantBlock(_norm(block.norm1, qkv), attn, _norm(block.norm2, fc1), mlp)
 
 
-def _merging(merging: MergingParts, bits: Mapping[str, SiteBits]) -> QuantPatchMerging:
+def _merging(merging: MergingParts, bits: Mapping[str, SiteBits]) -> QuantPatchMerging | QuantPostNormMerging:
     name, linear = next(iter(merging.linears.items()))
-    return QuantPatchMerging(_norm(merging.norm, bits[name]), _linear(bits[name], linear.in_features, "real"))
+    reduction = _linear(bits[name], linear.in_features, "real")
+    if merging.post_norm:
+        codes = _quantize_input(linear.in_features, bits[name])
+        return QuantPostNormMerging(codes, reduction, _float_norm(merging.norm))
+    return QuantPatchMerging(_norm(merging.norm, bits[name]), reduction)
 
 
 def _norm(module: nn.Module, site: SiteBits) -> QuantLayerNorm | QuantRmsNorm:

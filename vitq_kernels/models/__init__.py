@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitq_kernels.models import beit, eva, swin, vit
+from vitq_kernels.models import beit, eva, swin, swin_v2, vit
 from vitq_kernels.models.answers import answer
 from vitq_kernels.models.block_parts import AttentionParts, BlockParts, MlpParts, RopeParts
 from vitq_kernels.models.parts import (
@@ -43,7 +43,7 @@ __all__ = [
 
 # A family is a module with CLASSES (by the name that stands in a config), cut(model) to ModelParts, describe(model) and
 # build(config).
-FAMILIES = (vit, eva, beit, swin)
+FAMILIES = (vit, eva, beit, swin, swin_v2)
 FAMILY_OF = {name: family for family in FAMILIES for name in family.CLASSES}
 # The families of Hugging Face transformers, an optional package that takes seconds to import: imported when met.
 HF_FAMILY_OF = {

@@ -36,7 +36,7 @@ class AttentionParts:
     proj: nn.Linear
     num_heads: int
     head_dim: int
-    softmax_scale: float
+    softmax_scale: float | Tensor  # [H, 1, 1] where every head has its own
     # Logits by relative position, [(2h - 1)(2w - 1), H] in a window; 3 rows more for the ``grid`` behind a class token.
     bias_table: Tensor | None = None
     windows: Windows | None = None  # of a map of the model's own size; None: all tokens see each other
@@ -47,6 +47,11 @@ class AttentionParts:
     norm: nn.Module | None = None  # over H * D
     # Where qkv is put together of several layers of the model, the module whose first argument these layers read.
     qkv_reader: nn.Module | None = None
+
+    @property
+    def scale_of_heads(self) -> float | Tensor:
+        """``softmax_scale``, as [H] where every head has its own."""
+        return self.softmax_scale.flatten() if isinstance(self.softmax_scale, Tensor) else self.softmax_scale
 
     @property
     def fused(self) -> bool:
@@ -136,9 +141,10 @@ class MlpParts:
 
 @dataclass(frozen=True)
 class BlockParts:
-    """The modules of one pre-norm transformer block ``x + ls1(attn(norm1(x)))``, ``x + ls2(mlp(norm2(x)))``.
+    """The modules of one transformer block ``x + ls1(attn(norm1(x)))``, ``x + ls2(mlp(norm2(x)))``.
 
-    Its sites are ``<name>.attn.qkv``, ``.qk``, ``.av``, ``.proj`` and ``<name>.mlp.fc1``, ``.fc2``.
+    With ``post_norm`` it is ``x + norm1(attn(x))``, ``x + norm2(mlp(x))``, without layer scale. Its sites are
+    ``<name>.attn.qkv``, ``.qk``, ``.av``, ``.proj`` and ``<name>.mlp.fc1``, ``.fc2``.
     """
 
     name: str  # of the module in the model, "blocks.3"
@@ -150,6 +156,17 @@ class BlockParts:
     mlp: MlpParts
     layer_scale2: Tensor | None  # [C]
     arguments: Mapping[str, Tensor] = field(default_factory=dict)  # of its call beside the tokens, at the model's size
+    post_norm: bool = False
+
+    @property
+    def before(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The norms in front of attention and MLP."""
+        return (None, None) if self.post_norm else (self.norm1, self.norm2)
+
+    @property
+    def behind(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The norms behind attention and MLP."""
+        return (self.norm1, self.norm2) if self.post_norm else (None, None)
 
     @property
     def plain(self) -> bool:
@@ -159,6 +176,7 @@ class BlockParts:
         return (
             own
             and norms
+            and not self.post_norm
             and self.attn.fused
             and self.attn.norm is None
             and self.attn.grid is None

@@ -26,13 +26,14 @@ class UnsupportedModelError(ValueError):
 class MergingParts:
     """Patch merging ``reduction(norm(patches of 2x2 tokens))``: a map [B, H, W, C] to [B, H/2, W/2, N], rounded up.
 
-    Its site is ``<name>.reduction``.
+    With ``post_norm`` it is ``norm(reduction(patches))``. Its site is ``<name>.reduction``.
     """
 
     name: str  # of the module in the model, "layers.1.downsample"
     tokens: int  # that come out, of an image of the model's own size
-    norm: nn.Module  # of [4 * C]
+    norm: nn.Module  # of [4 * C], or with post_norm of [N]
     reduction: nn.Linear
+    post_norm: bool = False
 
     @property
     def arguments(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""timm's Swin Transformer, version 1."""
+"""timm's Swin Transformer, and what its second version shares with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,9 @@ CLASSES = {SwinTransformer.__name__: SwinTransformer}
 
 @dataclass(frozen=True)
 class SwinParts(ModelParts):
-    """A SwinTransformer; tokens are a map [B, H, W, C]."""
+    """A SwinTransformer or SwinTransformerV2; tokens are a map [B, H, W, C]."""
 
-    model: SwinTransformer
+    model: nn.Module
 
     def tokens(self, images: Tensor) -> Tensor:
         """Of the base class."""
@@ -65,23 +65,42 @@ def cut(model: SwinTransformer) -> SwinParts:
     Raises:
         UnsupportedModelError: the patch embedding has no integer form.
     """
+    return cut_stages(model, why_no_step, block_parts, merging_parts)
+
+
+def cut_stages(
+    model: nn.Module,
+    why_no_step: Callable[[nn.Module], str | None],
+    block_parts: Callable[[str, Any], BlockParts],
+    merging_parts: Callable[[str, Any, int], MergingParts],
+) -> SwinParts:
+    """Cuts a model of stages with blocks behind patch mergings into its parts.
+
+    Args:
+        model: with the modules of timm's SwinTransformer.
+        why_no_step: the first feature of a block or a merging that the integer kernels lack, or None.
+        block_parts: of a block, by its name.
+        merging_parts: of a merging, by its name and the number of tokens that come out.
+    """
     conv = patch_convolution(model.patch_embed)
     left: dict[str, str] = {}
     steps: list[Step] = []
     for index, stage in enumerate(model.layers):
-        members = {f"blocks.{number}": block for number, block in enumerate(stage.blocks)}
-        for suffix, module in [("downsample", stage.downsample), *members.items()]:
-            name = f"layers.{index}.{suffix}"
-            if isinstance(module, nn.Identity):
-                continue
-            if reason := why_no_step(module):
+        name = f"layers.{index}.downsample"
+        if not isinstance(stage.downsample, nn.Identity):
+            if reason := why_no_step(stage.downsample):
                 left[name] = reason
                 steps.append(FloatStep(name))
-            elif isinstance(module, PatchMerging):
-                rows, columns = stage.output_resolution
-                steps.append(MergingParts(name, rows * columns, module.norm, module.reduction))
             else:
-                steps.append(block_parts(name, module))
+                rows, columns = stage.output_resolution
+                steps.append(merging_parts(name, stage.downsample, rows * columns))
+        for number, block in enumerate(stage.blocks):
+            name = f"layers.{index}.blocks.{number}"
+            if reason := why_no_step(block):
+                left[name] = reason
+                steps.append(FloatStep(name))
+            else:
+                steps.append(block_parts(name, block))
     heads, others = {}, {}
     if type(model.head) is ClassifierHead:
         heads, others = classifiers(model.head, ("fc",))
@@ -92,15 +111,20 @@ def cut(model: SwinTransformer) -> SwinParts:
     return SwinParts(model, "patch_embed.proj", conv, patches, tuple(steps), heads, left | others, token_map=True)
 
 
-def why_no_step(block: nn.Module) -> str | None:
+def why_no_step(module: nn.Module) -> str | None:
     """The first feature of a block or a merging that the integer kernels lack, or None."""
-    if type(block) is PatchMerging:
-        return why_no_layers(block, ("norm",), ("reduction",))
-    if type(block) is not SwinTransformerBlock:
-        return f"block type {type(block).__name__}"
-    if type(block.attn) is not WindowAttention:
-        return f"attention type {type(block.attn).__name__}"
-    return why_no_mlp(block.mlp) or why_no_layers(block, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
+    if type(module) is PatchMerging:
+        return why_no_layers(module, ("norm",), ("reduction",))
+    if type(module) is not SwinTransformerBlock:
+        return f"block type {type(module).__name__}"
+    if type(module.attn) is not WindowAttention:
+        return f"attention type {type(module.attn).__name__}"
+    return why_no_mlp(module.mlp) or why_no_layers(module, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
+
+
+def merging_parts(name: str, merging: PatchMerging, tokens: int) -> MergingParts:
+    """Of a merging of which ``why_no_step`` has nothing to say."""
+    return MergingParts(name, tokens, merging.norm, merging.reduction)
 
 
 def block_parts(name: str, block: SwinTransformerBlock) -> BlockParts:
@@ -116,10 +140,26 @@ def block_parts(name: str, block: SwinTransformerBlock) -> BlockParts:
 
 def describe(parts: ModelParts) -> dict[str, Any]:
     """The constructor's arguments."""
-    model = parts.model
-    stages = [[b for b in parts.blocks if b.name.startswith(f"layers.{i}.")] for i in range(len(model.layers))]
-    first = [blocks[0] for blocks in stages]
+    first = [blocks[0] for blocks in stage_blocks(parts)]
     arguments = {
+        **swin_arguments(parts),
+        "head_dim": [block.attn.head_dim for block in first],
+        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
+        "mlp_ratio": [(block.mlp.fc1.out_features + 0.5) / block.mlp.fc1.in_features for block in first],
+        "qkv_bias": first[0].attn.qkv.bias is not None,
+    }
+    return {"arguments": arguments}
+
+
+def stage_blocks(parts: ModelParts) -> list[list[BlockParts]]:
+    """The blocks of each stage."""
+    return [[b for b in parts.blocks if b.name.startswith(f"layers.{i}.")] for i in range(len(parts.model.layers))]
+
+
+def swin_arguments(parts: ModelParts) -> dict[str, Any]:
+    """What the constructors of both versions have in common."""
+    model, stages = parts.model, stage_blocks(parts)
+    return {
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
         "in_chans": parts.patch_proj.in_channels,
@@ -127,16 +167,11 @@ def describe(parts: ModelParts) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "embed_dim": model.embed_dim,
         "depths": [len(blocks) for blocks in stages],
-        "num_heads": [block.attn.num_heads for block in first],
-        "head_dim": [block.attn.head_dim for block in first],
-        "window_size": [list(block.attn.windows.size) for block in first],
+        "num_heads": [blocks[0].attn.num_heads for blocks in stages],
+        "window_size": [list(blocks[0].attn.windows.size) for blocks in stages],
         "always_partition": model.layers[0].blocks[0].always_partition,
         "strict_img_size": model.patch_embed.strict_img_size,
-        # Half a row more: timm truncates the product, which may fall an ulp short of the integer.
-        "mlp_ratio": [(block.mlp.fc1.out_features + 0.5) / block.mlp.fc1.in_features for block in first],
-        "qkv_bias": first[0].attn.qkv.bias is not None,
     }
-    return {"arguments": arguments}
 
 
 def build(config: Mapping[str, Any]) -> SwinTransformer:

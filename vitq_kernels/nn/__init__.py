@@ -11,6 +11,7 @@ from vitq_kernels.nn.module import IntegerModule, QuantizeInput
 from vitq_kernels.nn.norm import FloatNorm, QuantRmsNorm
 from vitq_kernels.nn.patch_merging import QuantPatchMerging
 from vitq_kernels.nn.position_bias import PositionBias
+from vitq_kernels.nn.post_norm import QuantPostNormBlock, QuantPostNormMerging
 from vitq_kernels.nn.query_key import QueryKeyCodes
 from vitq_kernels.nn.window_attention import QuantWindowAttention
 
@@ -29,6 +30,8 @@ __all__ = [
     "QuantMlp",
     "QuantPatchEmbed",
     "QuantPatchMerging",
+    "QuantPostNormBlock",
+    "QuantPostNormMerging",
     "QuantRmsNorm",
     "QuantWindowAttention",
     "QuantizeInput",

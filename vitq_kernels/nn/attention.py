@@ -17,7 +17,7 @@ class QuantAttention(IntegerModule):
 
     Args:
         qkv: codes in, codes out; rows [3, H, D].
-        proj: codes in, residual out.
+        proj: codes in, residual out; real where a norm stands between it and the residual stream.
         kappa: float32 [H], code steps per unit of the integer score.
         levels: uint8 [H, 2^b], probability level of each code.
         multiplier: float32 [H, D], v scale over output scale.
@@ -63,6 +63,6 @@ class QuantAttention(IntegerModule):
         out = ops.attention(q, k, v, *tables, bias_q, None, self.out_bits)
         return out if self.norm is None else self.norm(out)
 
-    def forward(self, x: Tensor, residual: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
+        """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream, or to real numbers."""
         return self.proj(self.attend(x) if rope is None else self.attend(x, rope), residual)

@@ -9,11 +9,11 @@ from vitq_kernels.nn.linear import QuantLinear
 
 
 class QuantMlp(nn.Module):
-    """``fc2(hidden(fc1(x))) + residual``; with GELU alone the activation between them never leaves 8 bits or fewer.
+    """``fc2(hidden(fc1(x)))``, plus the residual; with GELU alone what is between them never leaves 8 bits or fewer.
 
     Args:
         fc1: codes in; gelu codes out, or real with ``hidden``.
-        fc2: codes in, residual out.
+        fc2: codes in, residual out; real where a norm stands between it and the residual stream.
         hidden: from fc1's real outputs to fc2's codes, where GELU alone does not make them.
     """
 
@@ -28,6 +28,6 @@ class QuantMlp(nn.Module):
         x = self.fc1(x)
         return x if self.hidden is None else self.hidden(x)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream, or to real numbers."""
         return self.fc2(self.codes(x), residual)

@@ -50,7 +50,7 @@ class QueryKeyCodes(IntegerModule):
         self.register_buffer("zero_point", torch.zeros_like(inv_scale, dtype=torch.int32))
 
     def forward(self, qkv: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Float [B, S, 3 * H * D] to int8 of the same shape.
+        """Float [B, S, 3 * H * D], without ``rope`` [..., 3 * H * D], to int8 of the same shape.
 
         Args:
             qkv: float32.

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitq_kernels import ops
 from vitq_kernels.nn.attention import QuantAttention
 from vitq_kernels.nn.linear import QuantLinear
+from vitq_kernels.nn.query_key import QueryKeyCodes
 from vitq_kernels.windows import BIAS_LIMIT, Windows, relative_positions
 
 MASKED = -BIAS_LIMIT  # of pairs that must not see each other: no distance to them has a level but 0
@@ -23,8 +24,10 @@ class QuantWindowAttention(QuantAttention):
     Args:
         qkv, proj, kappa, levels, multiplier, zero_point, out_bits: as of ``QuantAttention``.
         bias_table: int32 [(2h - 1)(2w - 1), H], in units of the score, magnitude at most ``BIAS_LIMIT``.
-        padding: int8 [C], the codes of zero that fill maps up to whole windows.
+        padding: the codes of zero that fill maps up to whole windows: int8 [C] that enter qkv; with ``codes`` int8
+            [3 * H * D] that come out. (A key of zeros has no direction; next to zero it has any.)
         windows: of a map of the model's own size; other sizes are cut in the call.
+        codes: as of ``QuantAttention``.
     """
 
     def __init__(
@@ -39,8 +42,9 @@ class QuantWindowAttention(QuantAttention):
         bias_table: Tensor,
         padding: Tensor,
         windows: Windows,
+        codes: QueryKeyCodes | None = None,
     ) -> None:
-        super().__init__(qkv, proj, kappa, levels, multiplier, zero_point, out_bits)
+        super().__init__(qkv, proj, kappa, levels, multiplier, zero_point, out_bits, codes)
         self.windows = windows
         self.register_buffer("bias_table", bias_table)
         self.register_buffer("padding", padding)
@@ -64,8 +68,11 @@ class QuantWindowAttention(QuantAttention):
         own = windows is self.windows
         table = self.table if own else windows.table(x.device)
         pattern = self.pattern if own else windows.pattern(x.device)
-        qkv = self.qkv(windows.pad(x, self.padding)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.codes is None:
+            qkv = self.qkv(windows.pad(x, self.padding))
+        else:
+            qkv = windows.pad(self.codes(self.qkv(x)), self.padding)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         tables = (self.kappa, self.levels, self.multiplier, self.zero_point)
         return windows.crop(ops.attention(q, k, v, *tables, self.bias_q, None, self.out_bits, table, pattern))
 
