@@ -82,16 +82,16 @@ def test_float_matmuls_are_exact_past_2_to_the_24(columns: int) -> None:
     a[:, -1] = torch.tensor([1, -1])
     b = torch.full((columns, 3), -128, dtype=torch.int8)
     b[-1] = 1
-    assert torch.equal(primitives.exact_matmul(a, b).long(), a.long() @ b.long())
+    assert torch.equal(primitives.float_matmul(a, b).long(), a.long() @ b.long())
 
 
 @pytest.mark.parametrize("code", [-128, 127])
 @pytest.mark.parametrize("level", [0, 127, 128, 255])
-@pytest.mark.parametrize("int_mm_is_exact", [True, False], ids=["int8", "float"])
+@pytest.mark.parametrize("int_mm_pays", [True, False], ids=["int8", "float"])
 def test_attention_on_the_largest_sums(
-    code: int, level: int, int_mm_is_exact: bool, monkeypatch: pytest.MonkeyPatch
+    code: int, level: int, int_mm_pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(primitives, "int_mm_is_exact", lambda: int_mm_is_exact)
+    monkeypatch.setattr(primitives, "int_mm_pays", lambda: int_mm_pays)
     x = SAMPLES["attention"].arguments
     levels = torch.full_like(x["levels"], level)
     levels[:, 0] = max(1, level)

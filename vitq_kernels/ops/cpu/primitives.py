@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -18,11 +19,31 @@ ROUND_TO_INTEGER_BITS = 0x4B400000
 TILE_ELEMENTS = 1 << 18  # a thread
 
 
+# Longest sum of int8 products, each at most 2^14, of which every part is an integer of float32.
+FLOAT_SUM = 1024
+
+
 @cache
-def int_mm_is_exact() -> bool:
-    """Whether ``torch._int_mm`` is: on x86 without VNNI oneDNN adds pairs of products in saturating int16."""
-    largest = torch.full((32, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.t()) == 127 * 127 * 64).all())
+def int_mm_pays() -> bool:
+    """Whether ``torch._int_mm`` is exact, and faster than float32. On x86 that takes VNNI.
+
+    Without it oneDNN adds pairs of products in saturating int16 (AVX-512), or goes through a loop without vectors
+    (AVX2: 22 to 30 times the time of float32 at the sizes of ViT-Tiny).
+    """
+    largest = torch.full((128, 256), 127, dtype=torch.int8)
+    if bool((torch._int_mm(largest, largest.t()) != 127 * 127 * 256).any()):
+        return False
+    return _seconds(torch._int_mm, largest) < _seconds(float_matmul, largest)
+
+
+def _seconds(matmul: Callable[[Tensor, Tensor], Tensor], a: Tensor) -> float:
+    """The best of three ``a @ a^T``."""
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        matmul(a, a.t())
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 @cache
@@ -36,16 +57,16 @@ def addcmul_rounds_once() -> bool:
     return all(bool((t == ROUND_TO_INTEGER + 1).all()) for t in sums)
 
 
-def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """int8 ``a @ b`` in float32 where every partial sum is at most 2^24, else in float64: exact either way."""
-    dtype = torch.float32 if a.shape[-1] * 128 * 128 <= 1 << 24 else torch.float64
-    return a.to(dtype) @ b.to(dtype)
+def float_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """int8 ``a @ b`` in float32, exact: int32, or float32 where K is at most FLOAT_SUM."""
+    parts = (a[..., k].float() @ b[..., k, :].float() for k in slices(a.shape[-1], FLOAT_SUM))
+    return reduce(lambda total, part: total.int() + part.int(), parts)
 
 
 def matmul_into(acc: Tensor, a: Tensor, b: Tensor) -> None:
     """int8 [I, K] by [K, J] to int32 ``acc`` [I, J], or [G, ...] a matrix each; exact."""
-    if not int_mm_is_exact():
-        acc.copy_(exact_matmul(a, b))
+    if not int_mm_pays():
+        acc.copy_(float_matmul(a, b))
     elif a.dim() == 2:
         torch._int_mm(a, b, out=acc)
     else:  # faster than one float matmul of all pairs even at 49 x 32 x 49
