@@ -15,6 +15,20 @@ import pytest
 REPORT = "sampled tests:"  # how the line begins that says what ran
 
 
+def spread(items: Sequence[Any], each: int) -> list[list[Any]]:
+    """Of each test function so many parameter sets at most, as evenly spread as whole numbers are.
+
+    A fixed stride would miss every second epilogue of six, or all but one width of seven.
+    """
+    functions: dict[str, list[Any]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return [
+        [found[(2 * i + 1) * len(found) // (2 * each)] for i in range(each)] if len(found) > each else found
+        for found in functions.values()
+    ]
+
+
 class Sample:
     """A pytest plugin."""
 
@@ -26,13 +40,10 @@ class Sample:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Leaves the sample."""
-        functions: dict[str, list[Any]] = {}
-        for item in items:
-            row = getattr(item, "callspec", None) and item.callspec.params.get("cuda")
-            if row and row.label == self.label:
-                functions.setdefault(item.nodeid.split("[")[0], []).append(item)
-        spread = [found[:: -(-len(found) // self.each)] for found in functions.values()]
-        items[:] = [item for turn in range(self.each) for found in spread for item in found[turn : turn + 1]]
+        rows = [getattr(item, "callspec", None) and item.callspec.params.get("cuda") for item in items]
+        own = [item for item, row in zip(items, rows, strict=True) if row and row.label == self.label]
+        chosen = spread(own, self.each)
+        items[:] = [item for turn in range(self.each) for found in chosen for item in found[turn : turn + 1]]
         self.chosen = len(items)
 
     def pytest_runtest_protocol(self, item: Any) -> None:

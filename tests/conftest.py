@@ -16,6 +16,7 @@ import torch
 # tests/ and benchmarks/ are only in the checkout. At the end: `pytest` tests the installed vitq_kernels.
 sys.path.append(str(Path(__file__).parents[1]))
 
+from benchmarks.sampled_tests import spread
 from tests import emulated_cuda
 
 # Every reason to skip, and whether --require-cuda forbids it. A test that skips for another reason fails.
@@ -153,6 +154,7 @@ def assets() -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-cuda", action="store_true", help="fail a test that is skipped for lack of CUDA")
+    parser.addoption("--at-most", type=int, help="run so many parameter sets of each test, evenly spread")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -166,6 +168,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    if config.option.at_most:
+        items[:] = [item for chosen in spread(items, config.option.at_most) for item in chosen]
 
 
 def skip_problem(reason: str, require_cuda: bool) -> str | None:
