@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import emulated_cuda
 from tests.conftest import BACKEND_CASES, SKIP_REASONS, skip_problem
 
 
@@ -40,6 +41,7 @@ def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> Non
         "@pytest.mark.skip(reason='another whim')\n"
         "def test_marked(): pass\n"
     )
+    emulated_cuda.build()  # a minute or more, which is not of this run
     checkout = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "--require-cuda", "-c", "/dev/null", "--rootdir", str(tmp_path)]
     run = subprocess.run(

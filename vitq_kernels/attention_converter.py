@@ -70,15 +70,12 @@ def convert_attention(
     q_scale, k_scale, score_scale = query_key_scales(*radius.chunk(3)[:2], heads, code_bits, _least_score_scale(attn))
     v_scale = affine_quantizer(-radius.chunk(3)[2], radius.chunk(3)[2], code_bits).scale
 
-    fmt = QuantFormat(quantizer.bits)
-    padding = quantizer.zero_point.clamp(fmt.qmin, fmt.qmax).to(torch.int8)
+    padding = _zero_codes(quantizer)
     entering, targets = inputs, [w.qkv for w in wanted]
-    if attn.windows is not None:
-        windows = [attn.windows_of(x) for x in inputs]
-        if attn.fused:
-            entering = [own.pad(x, padding) for own, x in zip(windows, inputs, strict=True)]
-        else:
-            targets = [own.crop(y) for own, y in zip(windows, targets, strict=bool(targets))]
+    if attn.windows is not None and attn.fused:
+        entering = [attn.windows_of(x).pad(x, padding) for x in inputs]
+    elif attn.windows is not None:  # padding is made behind the linear
+        targets = [attn.windows_of(x).crop(y) for x, y in zip(inputs, targets, strict=bool(targets))]
     folded = sites.fold(qkv_site, attn.qkv, quantizer, entering, targets=targets)
     out_scale = torch.cat((q_scale, k_scale, v_scale))
     codes_of_qkv = None
@@ -96,8 +93,8 @@ def convert_attention(
         value_centre = torch.cat((torch.zeros_like(middle), torch.zeros_like(middle), middle))
         qkv = sites.real_linear(folded, None, value_centre)
         codes_of_qkv = _query_key_codes(attn, (1.0 / out_scale.double()).float(), key_mean, code_bits)
-        bias = torch.zeros_like(value_centre) if attn.qkv.bias is None else attn.qkv.bias.detach().float()
-        padding = codes_of_qkv(bias - value_centre)
+        of_zero = torch.zeros_like(value_centre) if attn.qkv.bias is None else attn.qkv.bias.detach().float()
+        padding = codes_of_qkv(of_zero - value_centre)
     tau_index = stats.tau_error[av][av_bits - MIN_BITS].argmin(0)
     tau = [log2_steps(av_bits)[i] for i in tau_index.tolist()]
     octaves = attn.scale_of_heads * math.log2(math.e)
@@ -148,6 +145,12 @@ def _score_units(attn: AttentionParts, score_scale: Tensor) -> Tensor:
     """The bias table in units of the integer score, int32 [T, H]."""
     units = attn.bias_table.detach().double() / (score_scale.double() * attn.scale_of_heads)
     return units.round().clamp(-BIAS_LIMIT, BIAS_LIMIT).int()
+
+
+def _zero_codes(quantizer: AffineQuantizer) -> Tensor:
+    """The codes of zero, or the nearest where a channel has none: int8 [K]."""
+    fmt = QuantFormat(quantizer.bits)
+    return quantizer.zero_point.clamp(fmt.qmin, fmt.qmax).to(torch.int8)
 
 
 def _query_key_codes(attn: AttentionParts, inv_scale: Tensor, key_mean: Tensor, bits: int) -> QueryKeyCodes:
