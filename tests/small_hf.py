@@ -51,7 +51,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "dinov2-features": lambda: transformers.Dinov2Model(
         transformers.Dinov2Config(**SIZES, mlp_ratio=2, use_mask_token=False)
     ),
+    "dinov2-giant": lambda: transformers.Dinov2ForImageClassification(
+        transformers.Dinov2Config(**SIZES, **LABELS, mlp_ratio=2, use_swiglu_ffn=True)
+    ),
     "clip-features": lambda: _clip("CLIP", "gelu"),
+    "clip-quick-gelu": lambda: _clip("CLIP", "quick_gelu"),  # as OpenAI's weights have it
     "clip": lambda: _classifying("CLIP"),
     "siglip-features": lambda: _clip("Siglip", "gelu_pytorch_tanh", vision_use_head=False),
     "siglip": lambda: _classifying("Siglip"),
