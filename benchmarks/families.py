@@ -28,6 +28,7 @@ from vitq_kernels.nn import (
     InnerNorm,
     PositionBias,
     QuantPostNormBlock,
+    QuantPostNormMerging,
     QuantRmsNorm,
     QuantWindowAttention,
     QueryKeyCodes,
@@ -68,6 +69,7 @@ FLOAT_STEPS = {
     InnerNorm: "norm inside attention",
     QuantRmsNorm: "RMSNorm",
     QuantPostNormBlock: "norms behind attention and MLP",
+    QuantPostNormMerging: "norm behind merging",
 }
 INTEGER_OPERANDS = {PositionBias: "bias of positions", QuantWindowAttention: "windows"}
 ATTENTION = ("Attention", "Attn")

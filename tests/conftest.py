@@ -152,9 +152,16 @@ def assets() -> Path:
     return Path(os.environ["VITQ_ASSETS"])
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"--at-most must be positive, got {value}")
+    return value
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-cuda", action="store_true", help="fail a test that is skipped for lack of CUDA")
-    parser.addoption("--at-most", type=int, help="run so many parameter sets of each test, evenly spread")
+    parser.addoption("--at-most", type=_positive, help="run so many parameter sets of each test, evenly spread")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -168,8 +175,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    if config.option.at_most:
-        items[:] = [item for chosen in spread(items, config.option.at_most) for item in chosen]
+
+
+@pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)
+def pytest_keep_a_sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``--at-most``, of what ``-k`` and ``-m`` have left."""
+    if config.option.at_most is not None:
+        kept = {item for chosen in spread(items, config.option.at_most) for item in chosen}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def skip_problem(reason: str, require_cuda: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests import emulated_cuda
-from tests.conftest import BACKEND_CASES, SKIP_REASONS, skip_problem
+from tests.conftest import BACKEND_CASES, EMULATED, SKIP_REASONS, skip_problem
 
 
 @pytest.mark.parametrize("reason", SKIP_REASONS)
@@ -41,7 +42,10 @@ def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> Non
         "@pytest.mark.skip(reason='another whim')\n"
         "def test_marked(): pass\n"
     )
-    emulated_cuda.build()  # a minute or more, which is not of this run
+    if EMULATED not in os.environ and not any(
+        case.unavailable() for case in BACKEND_CASES if case.label == "cuda-emulated"
+    ):
+        emulated_cuda.build()  # a minute or more, which is not of this run
     checkout = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "--require-cuda", "-c", "/dev/null", "--rootdir", str(tmp_path)]
     run = subprocess.run(
@@ -52,3 +56,22 @@ def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> Non
     assert "does not list: another whim" in run.stdout
     assert ("--require-cuda forbids to skip: no GPU" in run.stdout) != torch.cuda.is_available()
     assert "\nbackends exercised: reference, cpu" in run.stdout
+
+
+def test_at_most_counts_what_k_leaves(tmp_path: Path) -> None:
+    """Evenly spread, so that no value of a parameter with a short period is missed."""
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    (tmp_path / "test_planted.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('i', range(12))\n"
+        "@pytest.mark.parametrize('kind', ['odd', 'even'])\n"
+        "def test_many(i, kind): pass\n"
+        "def test_one_even(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--co", "-c", "/dev/null", "--rootdir", str(tmp_path)]
+    options = ["-k", "even", "--at-most", "5", "-p", "no:cacheprovider", str(tmp_path)]
+    run = subprocess.run(
+        [*command, *options], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
+    )
+    found = [line.split("::")[1] for line in run.stdout.splitlines() if "::" in line]
+    assert found == [f"test_many[even-{i}]" for i in (1, 3, 6, 8, 10)] + ["test_one_even"]

@@ -18,6 +18,7 @@ from vitq_kernels.compensation import float_block
 from vitq_kernels.models import BlockParts, UnsupportedModelError, build_model, model_config, model_parts, model_sites
 from vitq_kernels.presets import simulate
 from vitq_kernels.rotation import rotate
+from vitq_kernels.sensitivity_runs import _attention_settings
 from vitq_kernels.simulation import simulated
 
 
@@ -128,7 +129,21 @@ def test_a_cosine_counts_for_at_most_100() -> None:
     with torch.no_grad():
         model.layers[1].blocks[0].attn.logit_scale.copy_(logs)
     part = model_parts(model).blocks[2]
-    torch.testing.assert_close(part.attn.softmax_scale.flatten(), torch.tensor([100.0, math.exp(2)]))
+    torch.testing.assert_close(part.attn.softmax_scale.flatten() * 16, torch.tensor([100.0, math.exp(2)]))
+
+
+def test_measurements_of_another_bias_are_other_measurements() -> None:
+    """The bias of version 2 depends on the windows of its pretraining, which no weight tells."""
+    parts = [model_parts(swin(variant)).blocks[0].attn for variant in ("v2", "v2-pretrained")]
+    first, second = map(_attention_settings, parts)
+    assert first[:-1] == second[:-1]
+    assert first[-1] != second[-1]
+
+
+def test_the_simulated_version_2_moves() -> None:
+    with torch.device("meta"):
+        images = torch.empty(2, 3, 32, 32)
+    assert simulated(swin("v2")).to("meta")(images).shape == (2, 10)
 
 
 # --- calibration --------------------------------------------------------------------------------------------------
@@ -136,7 +151,7 @@ def test_a_cosine_counts_for_at_most_100() -> None:
 
 @pytest.mark.parametrize("variant", ["shifted", "padded", "v2-padded"])
 def test_ranges_are_those_of_the_linears_inputs(variant: str) -> None:
-    """Recomputed from the float program; padding enters qkv, and never proj."""
+    """Recomputed from the float program; padding enters qkv, but not where a norm stands behind it, and never proj."""
     model, images = swin(variant), swin_images(variant, 4)
     stats, parts = calibrate(model, images), model_parts(model)
     assert stats.images == 4
@@ -148,7 +163,8 @@ def test_ranges_are_those_of_the_linears_inputs(variant: str) -> None:
                 y = windows.pad(x if step.post_norm else step.norm1(x))
                 q, k, v = step.attn.heads(step.attn.qkv(y), windows)
                 scores = q @ k.mT * step.attn.softmax_scale + step.attn.bias_of(windows)
-                inputs = {"attn.qkv": y, "attn.proj": step.attn.merged(scores.softmax(-1) @ v, windows)}
+                entering = y if step.attn.fused else x
+                inputs = {"attn.qkv": entering, "attn.proj": step.attn.merged(scores.softmax(-1) @ v, windows)}
                 for suffix, found in inputs.items():
                     ranges = stats.inputs[f"{step.name}.{suffix}"]
                     low, high = found.flatten(0, -2).amin(0), found.flatten(0, -2).amax(0)

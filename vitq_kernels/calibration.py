@@ -138,7 +138,10 @@ class Calibrator:
     def _watch(
         self, module: nn.Module, name: str, attention: BlockParts | None = None, reader: nn.Module | None = None
     ) -> None:
-        """``attention``: the block whose qkv or proj the module is; ``reader``: as of ``ModelParts``."""
+        """``attention``: the block whose qkv or proj the module is; ``reader``: as of ``ModelParts``.
+
+        Padding of windows counts only where the integer model's linear sees it: at a qkv that puts out codes.
+        """
         image = isinstance(module, nn.Conv2d)
         whole = attention is not None and module is attention.attn.qkv
 
@@ -147,7 +150,7 @@ class Calibrator:
             windows = None if attention is None else self._windows.get(attention.name)
             if windows is not None:  # [B * W, S, C]
                 x, y = (windows.scatter(t.unflatten(0, (-1, windows.count))) for t in (x, y))
-                if not whole:  # the integer model never makes what comes out for padding
+                if not whole:
                     x, y = windows.crop(x), windows.crop(y)
             keep = self._keep * x.shape[0]
             if image:
@@ -161,6 +164,8 @@ class Calibrator:
                 if not attention.attn.fused:
                     codes = torch.cat([attention.attn.merged(t, windows) for t in attention.attn.heads(y, windows)], -1)
                     self._sample(self._codes, name, codes).add(codes.flatten(0, -2), keep, self._generator)
+                    if windows is not None:
+                        x, y = windows.crop(x), windows.crop(y)
             self._sample(self._inputs, name, x).add(x.flatten(0, -2), keep, self._generator)
             self._sample(self._outputs, name, y).add(y.flatten(0, -2), keep if whole else 0, self._generator)
 

@@ -24,10 +24,10 @@ class BlockOutputs:
     """What the float model computes inside a block, [B, S, ...] or maps [B, H, W, ...]."""
 
     qkv: Tensor  # [B, L, ...] of the padded map where attention is in windows
-    proj: Tensor  # before layer scale or norm
+    proj: Tensor | None  # before the norm behind it, where there is one
     middle: Tensor  # the residual stream after attention
     fc1: Tensor  # before the activation
-    fc2: Tensor  # before layer scale or norm
+    fc2: Tensor | None  # as proj
     out: Tensor  # the residual stream behind the block
 
 
@@ -48,7 +48,7 @@ def float_block(block: BlockParts, x: Tensor) -> BlockOutputs:
     fc1 = mlp.fc1(_normed(middle, block.before[1]))
     fc2 = mlp.fc2(_normed(mlp.hidden(fc1), mlp.norm))
     out = middle + _normed(_scaled(fc2, block.layer_scale2), block.behind[1])
-    return BlockOutputs(qkv, proj, middle, fc1, fc2, out)
+    return BlockOutputs(qkv, proj if block.post_norm else None, middle, fc1, fc2 if block.post_norm else None, out)
 
 
 def _scaled(x: Tensor, layer_scale: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ enter the block at hand are kept, and every run starts there.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vitq_kernels.calibration import image_batches
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.distributed import in_order
-from vitq_kernels.models import answer, model_parts
+from vitq_kernels.models import AttentionParts, answer, model_parts
 from vitq_kernels.sensitivity import Part, Sensitivity, check_candidates
 from vitq_kernels.sensitivity_cache import Changes, MeasurementCache, fingerprint
 from vitq_kernels.sensitivity_quantizers import SiteForm, SiteQuantizers
@@ -90,8 +91,7 @@ def sensitivity(
     chosen = _chosen_sites(parts.sites, part, sites)
     batches = [batch.to(weight.dtype) for batch in image_batches(images, batch_size, weight.device)]
     config = config or QuantConfig()
-    # Which neither weights nor names tell.
-    heads = [(b.attn.num_heads, b.attn.softmax_scale, *filter(None, [b.attn.windows])) for b in parts.blocks]
+    heads = [_attention_settings(block.attn) for block in parts.blocks]
     measured = MeasurementCache(cache, fingerprint(model, batches, f"{part} {baseline} {config} {heads}"))
 
     def changes(*widths: tuple[Site, int]) -> Changes:
@@ -187,3 +187,15 @@ class _Bench:
         for name, _ in changes:
             self.baseline[name].put(name, self.model)
         return total / sum(len(reference) for reference in self.reference)
+
+
+def _attention_settings(attn: AttentionParts) -> tuple[object, ...]:
+    """What of an attention neither weights nor names tell."""
+    scale, bias = attn.softmax_scale, attn.bias_table
+    return (
+        attn.num_heads,
+        scale.flatten().tolist() if isinstance(scale, Tensor) else scale,
+        *filter(None, [attn.windows]),
+        # of Swin V2, made for the windows of its pretraining
+        *([] if bias is None else [hashlib.sha256(bias.detach().cpu().contiguous().numpy().tobytes()).hexdigest()]),
+    )

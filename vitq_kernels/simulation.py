@@ -62,7 +62,10 @@ class SimulatedAttention(nn.Module):
     def __init__(self, attn: AttentionParts) -> None:
         super().__init__()
         self.num_heads = attn.num_heads
-        self.softmax_scale = attn.softmax_scale
+        if isinstance(attn.softmax_scale, Tensor):
+            self.register_buffer("softmax_scale", attn.softmax_scale)  # [H, 1, 1]
+        else:
+            self.softmax_scale = attn.softmax_scale
         self.qkv = SimulatedLinear(attn.qkv)
         self.q_norm, self.k_norm, self.norm = attn.q_norm, attn.k_norm, attn.norm
         self.rope = None if attn.rope is None else (attn.rope.prefix, attn.rope.half)

@@ -128,7 +128,7 @@ class SiteConverter:
         quantizer: AffineQuantizer,
         codes: Stream,
         stream: Stream,
-        wanted: Sequence[tuple[Tensor, Tensor]],
+        wanted: Sequence[tuple[Tensor | None, Tensor]],
         norm: FloatNorm | None,
         layer_scale: Tensor | None,
         shift: Tensor | None = None,
@@ -141,14 +141,14 @@ class SiteConverter:
             site, module, quantizer, layer_scale, shift: as of ``fold``.
             codes: that enter it.
             stream: the residual stream that the branch is added to.
-            wanted: what the linear puts out in the float model, and the stream behind the branch.
-            norm: what stands between the linear and the stream.
+            wanted: of the float model, what the linear puts out (read where there is a norm) and the stream behind it.
+            norm: what stands between the linear and the stream; then there is no layer scale.
         """
         if norm is None:
             # What the residual stream lacks, the errors of the blocks before included.
             targets = [after - x for (_, after), x in zip(wanted, stream, strict=bool(wanted))]
         else:
-            targets = [out for out, _ in wanted]
+            targets = [out for out, _ in wanted if out is not None]
         folded = self.fold(site, module, quantizer, codes, targets=targets, layer_scale=layer_scale, shift=shift)
         if norm is not None:
             linear = self.real_linear(folded, None)

@@ -50,8 +50,8 @@ class AttentionParts:
 
     @property
     def scale_of_heads(self) -> float | Tensor:
-        """``softmax_scale``, as [H] where every head has its own."""
-        return self.softmax_scale.flatten() if isinstance(self.softmax_scale, Tensor) else self.softmax_scale
+        """``softmax_scale``, as float64 [H] where every head has its own."""
+        return self.softmax_scale.flatten().double() if isinstance(self.softmax_scale, Tensor) else self.softmax_scale
 
     @property
     def fused(self) -> bool:
@@ -212,7 +212,7 @@ class BlockParts:
         for name, linear in self.linears.items():
             kind: SiteKind = name.rpartition(".")[2]  # type: ignore[assignment]
             if kind == "qkv":
-                yield linear_site(name, kind, linear, count * length)
+                yield linear_site(name, kind, linear, count * length if self.attn.fused else self.tokens)
                 yield Site(f"{self.name}.attn.qk", "qk", 0, 0, matmul)
                 yield Site(f"{self.name}.attn.av", "av", 0, 0, matmul)
             else:

@@ -111,13 +111,18 @@ def cut_stages(
     return SwinParts(model, "patch_embed.proj", conv, patches, tuple(steps), heads, left | others, token_map=True)
 
 
-def why_no_step(module: nn.Module) -> str | None:
-    """The first feature of a block or a merging that the integer kernels lack, or None."""
-    if type(module) is PatchMerging:
+def why_no_step(
+    module: nn.Module,
+    merging: type[nn.Module] = PatchMerging,
+    block: type[nn.Module] = SwinTransformerBlock,
+    attention: type[nn.Module] = WindowAttention,
+) -> str | None:
+    """The first feature of a block or a merging of these types that the integer kernels lack, or None."""
+    if type(module) is merging:
         return why_no_layers(module, ("norm",), ("reduction",))
-    if type(module) is not SwinTransformerBlock:
+    if type(module) is not block:
         return f"block type {type(module).__name__}"
-    if type(module.attn) is not WindowAttention:
+    if type(module.attn) is not attention:
         return f"attention type {type(module.attn).__name__}"
     return why_no_mlp(module.mlp) or why_no_layers(module, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +13,18 @@ from torch import Tensor, nn
 
 from vitq_kernels.models.block_parts import AttentionParts, BlockParts
 from vitq_kernels.models.parts import MergingParts, ModelParts
-from vitq_kernels.models.swin import SwinParts, cut_stages, stage_blocks, swin_arguments
+from vitq_kernels.models.swin import SwinParts, cut_stages, stage_blocks, swin_arguments, why_no_step
 from vitq_kernels.models.timm_layers import (
     activation,
     mlp_parts,
-    norm_name,
     one_form,
-    why_no_layers,
-    why_no_mlp,
     with_bias,
 )
 from vitq_kernels.windows import Windows
 
 CLASSES = {SwinTransformerV2.__name__: SwinTransformerV2}
 MAX_LOGIT_SCALE = 100.0  # Swin V2 never multiplies a cosine by more
-BIAS_REACH = 16.0  # logits between which the sigmoid of the bias runs
+LARGEST_BIAS = 16.0  # logits; the sigmoid of the bias runs from 0 to this
 
 
 def cut(model: SwinTransformerV2) -> SwinParts:
@@ -35,18 +33,8 @@ def cut(model: SwinTransformerV2) -> SwinParts:
     Raises:
         UnsupportedModelError: the patch embedding has no integer form.
     """
-    return cut_stages(model, _why_no_step, _block_parts, _merging_parts)
-
-
-def _why_no_step(module: nn.Module) -> str | None:
-    """The first feature of a block or a merging that the integer kernels lack, or None."""
-    if type(module) is PatchMerging:
-        return why_no_layers(module, ("norm",), ("reduction",))
-    if type(module) is not SwinTransformerV2Block:
-        return f"block type {type(module).__name__}"
-    if type(module.attn) is not WindowAttention:
-        return f"attention type {type(module.attn).__name__}"
-    return why_no_mlp(module.mlp) or why_no_layers(module, ("norm1", "norm2"), ("attn.qkv", "attn.proj"))
+    kinds = {"merging": PatchMerging, "block": SwinTransformerV2Block, "attention": WindowAttention}
+    return cut_stages(model, partial(why_no_step, **kinds), _block_parts, _merging_parts)
 
 
 def _merging_parts(name: str, merging: PatchMerging, tokens: int) -> MergingParts:
@@ -54,7 +42,7 @@ def _merging_parts(name: str, merging: PatchMerging, tokens: int) -> MergingPart
 
 
 def _block_parts(name: str, block: SwinTransformerV2Block) -> BlockParts:
-    """Of a block of which ``_why_no_step`` has nothing to say."""
+    """Of a block of which ``why_no_step`` has nothing to say."""
     attn = block.attn
     grid = tuple(block.input_resolution)
     head_dim = attn.qkv.out_features // (3 * attn.num_heads)
@@ -66,29 +54,26 @@ def _block_parts(name: str, block: SwinTransformerV2Block) -> BlockParts:
         attn.proj,
         attn.num_heads,
         head_dim,
-        attn.logit_scale.detach().clamp(max=math.log(MAX_LOGIT_SCALE)).exp(),
+        attn.logit_scale.detach().clamp(max=math.log(MAX_LOGIT_SCALE)).exp() / head_dim,
         _bias_table(attn),
         Windows(grid, tuple(block.window_size), tuple(block.shift_size)),
-        q_norm=_unit_length(head_dim, attn.qkv.weight),
-        k_norm=_unit_length(head_dim, attn.qkv.weight),
+        q_norm=_unit_length(head_dim),
+        k_norm=_unit_length(head_dim),
         qkv_reader=attn,
     )
     mlp = mlp_parts(block.mlp)
     return BlockParts(name, grid[0] * grid[1], block.norm1, parts, None, block.norm2, mlp, None, post_norm=True)
 
 
-def _unit_length(size: int, like: Tensor) -> nn.RMSNorm:
-    """``x / |x|`` over so many channels: an RMSNorm with the gain 1 / sqrt(size), 0 for 0."""
-    norm = nn.RMSNorm(size, eps=1e-24, device=like.device, dtype=like.dtype).requires_grad_(False)
-    with torch.no_grad():
-        norm.weight.fill_(size**-0.5)
-    return norm
+def _unit_length(size: int) -> nn.RMSNorm:
+    """``sqrt(size) x / |x|`` over so many channels, 0 for 0: the product of two is ``size`` times their cosine."""
+    return nn.RMSNorm(size, eps=1e-24, elementwise_affine=False)
 
 
 @torch.no_grad()
 def _bias_table(attn: WindowAttention) -> Tensor:
     """Logits by relative position, [(2h - 1)(2w - 1), H] (arXiv:2111.09883, section 3.3, and the authors' code)."""
-    return BIAS_REACH * attn.cpb_mlp(attn.relative_coords_table).flatten(0, 2).sigmoid()
+    return LARGEST_BIAS * attn.cpb_mlp(attn.relative_coords_table).flatten(0, 2).sigmoid()
 
 
 def describe(parts: ModelParts) -> dict[str, Any]:
@@ -114,17 +99,15 @@ def describe(parts: ModelParts) -> dict[str, Any]:
 def _form(block: SwinTransformerV2Block) -> dict[str, Any]:
     return {
         "act_layer": activation(block.mlp.act),
-        "norm_layer": norm_name(block.norm1),
         "qkv_bias": block.attn.q_bias is not None,
     }
 
 
 def build(config: Mapping[str, Any]) -> SwinTransformerV2:
-    """The inverse of ``describe``, weights uninitialised."""
+    """The inverse of ``describe``."""
     arguments = dict(config["arguments"])
     for name in ("img_size", "patch_size", "depths", "num_heads"):
         arguments[name] = tuple(arguments[name])
     for name in ("window_size", "pretrained_window_sizes"):
         arguments[name] = tuple(tuple(size) for size in arguments[name])
-    arguments["norm_layer"] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[arguments["norm_layer"]]
     return SwinTransformerV2(**arguments)

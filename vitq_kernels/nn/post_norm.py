@@ -17,7 +17,7 @@ class QuantPostNormBlock(nn.Module):
 
     The residual stream itself is quantized for the linears that read it. The norms are float (torch), on the real
     outputs of ``proj`` and ``fc2``: where a block with norms in front lets an epilogue add the residual, this one
-    writes and reads [..., C] float32 three times more a branch.
+    writes and reads [..., C] float32 twice more a branch.
 
     Args:
         codes1, codes2: the stream to the codes that attention and MLP read.
