@@ -90,11 +90,9 @@ def row(c: Configuration, launch: Launch, compiled: Compiled) -> Row:
 
 
 def sampled(configurations: list[Configuration], every: int) -> list[int]:
-    """The places of every N-th configuration, ordered by op and widths so that no group of N is left out."""
-    if every == 1:
-        return list(range(len(configurations)))
+    """The places of every N-th configuration, counted by op and widths so that no group of N is left out."""
     kinds = [(c.op, c.variant.split(",")[0]) for c in configurations]
-    return sorted(range(len(kinds)), key=kinds.__getitem__)[::every]
+    return sorted(sorted(range(len(kinds)), key=kinds.__getitem__)[::every])
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -155,7 +156,7 @@ def assets() -> Path:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise ValueError(f"--at-most must be positive, got {value}")
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
 
 

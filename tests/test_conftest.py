@@ -33,10 +33,22 @@ def test_backend_rows_skip_for_listed_reasons() -> None:
     assert {case.unavailable() for case in BACKEND_CASES} - {None} <= set(SKIP_REASONS)
 
 
-def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> None:
+def planted_run(tmp_path: Path, tests: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """pytest with this conftest on tests in a file of their own."""
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
-    (tmp_path / "test_planted.py").write_text(
-        "import pytest\n"
+    (tmp_path / "test_planted.py").write_text(f"import pytest\n{tests}")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(tmp_path)]
+    return subprocess.run(
+        [*command, "-p", "no:cacheprovider", *options, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> None:
+    tests = (
         "def test_on(backend): pass\n"
         "def test_whim(): pytest.skip('a whim')\n"
         "@pytest.mark.skip(reason='another whim')\n"
@@ -46,11 +58,7 @@ def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> Non
         case.unavailable() for case in BACKEND_CASES if case.label == "cuda-emulated"
     ):
         emulated_cuda.build()  # a minute or more, which is not of this run
-    checkout = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-q", "--require-cuda", "-c", "/dev/null", "--rootdir", str(tmp_path)]
-    run = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(tmp_path)], cwd=checkout, capture_output=True, text=True, timeout=120
-    )
+    run = planted_run(tmp_path, tests, "--require-cuda")
     assert run.returncode == 1
     assert "does not list: a whim" in run.stdout
     assert "does not list: another whim" in run.stdout
@@ -60,18 +68,12 @@ def test_a_run_fails_its_skips_and_says_what_it_exercised(tmp_path: Path) -> Non
 
 def test_at_most_counts_what_k_leaves(tmp_path: Path) -> None:
     """Evenly spread, so that no value of a parameter with a short period is missed."""
-    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
-    (tmp_path / "test_planted.py").write_text(
-        "import pytest\n"
+    tests = (
         "@pytest.mark.parametrize('i', range(12))\n"
         "@pytest.mark.parametrize('kind', ['odd', 'even'])\n"
         "def test_many(i, kind): pass\n"
         "def test_one_even(): pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "--co", "-c", "/dev/null", "--rootdir", str(tmp_path)]
-    options = ["-k", "even", "--at-most", "5", "-p", "no:cacheprovider", str(tmp_path)]
-    run = subprocess.run(
-        [*command, *options], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
-    )
+    run = planted_run(tmp_path, tests, "--co", "-k", "even", "--at-most", "5")
     found = [line.split("::")[1] for line in run.stdout.splitlines() if "::" in line]
     assert found == [f"test_many[even-{i}]" for i in (1, 3, 6, 8, 10)] + ["test_one_even"]

@@ -85,6 +85,16 @@ def test_float_matmuls_are_exact_past_2_to_the_24(columns: int) -> None:
     assert torch.equal(primitives.float_matmul(a, b).long(), a.long() @ b.long())
 
 
+def test_an_exact_int8_gemm_that_is_slow_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As oneDNN's on AVX2: here two hundred exact products for one."""
+
+    def slow(a: Tensor, b: Tensor) -> Tensor:
+        return [a.double() @ b.double() for _ in range(200)][-1].int()
+
+    monkeypatch.setattr(torch, "_int_mm", slow)
+    assert not primitives.int_mm_pays.__wrapped__()
+
+
 @pytest.mark.parametrize("code", [-128, 127])
 @pytest.mark.parametrize("level", [0, 127, 128, 255])
 @pytest.mark.parametrize("int_mm_pays", [True, False], ids=["int8", "float"])

@@ -205,7 +205,7 @@ def test_a_block_without_integer_form_is_named() -> None:
         model_config(model)
 
 
-def test_version_2_with_convolutions_is_refused_by_name() -> None:
+def test_another_version_2_is_refused_by_name() -> None:
     with torch.device("meta"):
         model = timm.create_model("swinv2_cr_tiny_224")
     with pytest.raises(UnsupportedModelError, match="got SwinTransformerV2Cr"):

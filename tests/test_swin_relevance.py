@@ -61,7 +61,7 @@ def without_biases(model: nn.Module) -> nn.Module:
     """Nothing but the tokens can take relevance: no biases of linears and norms, no relative positions."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "bias_table", "q_bias", "v_bias")):
+            if name.endswith((".bias", "bias_table")):
                 parameter.zero_()
     return model
 
@@ -79,7 +79,7 @@ def test_chefer_brings_all_relevance_to_the_pixels(variant: str) -> None:
     torch.testing.assert_close(per_image(pixels), ones, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["shifted", "padded", "odd-sides", "always-partition"])
+@pytest.mark.parametrize("variant", ["shifted", "padded", "odd-sides", "always-partition", "v2", "v2-padded"])
 def test_chefer_conserves_between_the_sites_of_a_block(variant: str) -> None:
     """The bias takes its share of the scores by Chefer's Add; the values' half passes windows, shift and crop whole."""
     found, _, _ = site_relevance(make_swin(**SWINS[variant]), swin_images(variant, 3), CHEFER)
@@ -157,7 +157,7 @@ def test_pooling_shares_relevance_by_value() -> None:
         torch.testing.assert_close(rules.relevance(x.detach(), flowed), expected.detach())
 
 
-@pytest.mark.parametrize("variant", ["shifted", "padded"])
+@pytest.mark.parametrize("variant", ["shifted", "padded", "v2-padded"])
 def test_attention_is_that_of_each_window_alone(variant: str) -> None:
     """Chefer's rules written out for every head of every window: scores, bias, probabilities and values."""
     model, images = make_swin(**SWINS[variant]), swin_images(variant, 1)
@@ -166,14 +166,15 @@ def test_attention_is_that_of_each_window_alone(variant: str) -> None:
     attn, windows = step.attn, step.attn.windows
     with torch.no_grad():
         x = model.layers[0].blocks[0](model.patch_embed(images.double()))
-        q, k, v = attn.heads(attn.qkv(windows.pad(step.norm1(x))), windows)
+        q, k, v = attn.heads(attn.qkv(windows.pad(x if step.post_norm else step.norm1(x))), windows)
         r = windows.pad(found[f"{step.name}.attn.av"])  # crop gives padding nothing
         r = windows.gather(r).unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(-3, -2)
         bias, before = attn.bias_of(windows), []
+        scale = torch.as_tensor(attn.scale_of_heads).expand(attn.num_heads)
         for window in range(windows.count):
             for head in range(attn.num_heads):
                 place = (0, window, head)
-                scores = q[place] @ k[place].T * attn.softmax_scale
+                scores = q[place] @ k[place].T * scale[head]
                 logits = scores + bias[window, head]
                 probability = logits.softmax(-1)
                 quotient = stable_divide(r[place], probability @ v[place])

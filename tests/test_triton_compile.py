@@ -18,7 +18,7 @@ from vitq_kernels.ops.triton.tiles import ARCHITECTURES
 CHECKOUT = Path(__file__).parents[1]
 TABLE = CHECKOUT / "benchmarks" / "results" / "triton_resources.csv"
 MIXED = (3, 4, 6)  # as benchmarks.triton_configurations has it, which a process that interprets cannot import
-SAMPLE = 26  # every 26th configuration, under a minute; no op has fewer at one set of widths
+SAMPLE = 26  # every 26th configuration, one to three minutes; no linear op has fewer at one set of widths
 EXACT = {"attention", "quantize", "quantize_patches", "quantize_per_token", "linear_codes", "linear_real"}
 PROGRAM = """if True:
     import sys
