@@ -17,6 +17,7 @@ import vitq_kernels as vitq
 from tests.numerics import assert_bitwise_equal, integers
 from tests.small_vits import mixed_allocation, sqnr_db
 from vitq_kernels import ops
+from vitq_kernels.attention_converter import _least_score_scale
 from vitq_kernels.calibration import calibrate
 from vitq_kernels.config import QuantConfig
 from vitq_kernels.models import UnsupportedModelError, model_parts, model_sites
@@ -189,9 +190,13 @@ def test_reconstruction_of_version_2_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_a_half_precision_model_of_version_2_converts(dtype: torch.dtype) -> None:
-    """Its constants are of float32 at least: 2^28 is beyond float16, and a scale of 100 has 3 digits in bfloat16."""
+    """Its constants are float64: 2^28 is beyond float16, and bfloat16 has 3 digits."""
     model, images = swin("v2"), fresh_images("v2")
-    found = vitq.quantize(copy.deepcopy(model).to(dtype), swin_images("v2").to(dtype))
+    half = copy.deepcopy(model).to(dtype)
+    for part in model_parts(half).blocks:
+        assert part.attn.scale_of_heads.dtype == torch.float64
+        assert (_least_score_scale(part.attn) > 0).all()
+    found = vitq.quantize(half, swin_images("v2").to(dtype))
     assert F.cosine_similarity(found(images.to(dtype)).float(), model(images)).min() > 0.99
 
 
