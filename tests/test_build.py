@@ -85,6 +85,13 @@ def test_an_unknown_mode_is_refused(script: ModuleType, monkeypatch: pytest.Monk
                 "-gencode 'arch=compute_90a,code=sm_90a' -DVITQ_HAS_SM90A"
             ),
         ),
+        (
+            "86;80+PTX;120",
+            (
+                "-gencode 'arch=compute_80,code=sm_86' -gencode 'arch=compute_80,code=[sm_80,compute_80]' "
+                "-gencode 'arch=compute_120,code=sm_120'"
+            ),
+        ),
     ],
 )
 def test_architectures(script: ModuleType, given: str, flags: str) -> None:
@@ -93,8 +100,20 @@ def test_architectures(script: ModuleType, given: str, flags: str) -> None:
 
 @pytest.mark.parametrize("given", ["", "sm_80", "80,86", "8.0", "80;", "90a+ptx"])
 def test_architectures_of_another_form_are_refused(script: ModuleType, given: str) -> None:
-    with pytest.raises(SystemExit, match=r"^VITQ_CUDA_ARCHITECTURES must be like '80;86;89"):
+    with pytest.raises(SystemExit, match=r"^VITQ_CUDA_ARCHITECTURES must be like '80\+PTX;86;89"):
         script.gencode(given)
+
+
+def test_no_source_asks_for_a_finer_architecture_than_the_front_end_sees() -> None:
+    # Machine code of sm_86 and 89 is made from the PTX of compute_80 (setup.py, gencode).
+    asked = [
+        line.strip()
+        for path in sorted((CHECKOUT / "csrc").glob("*.cu*"))
+        for line in path.read_text().splitlines()
+        if "__CUDA_ARCH__" in line
+    ]
+    assert asked
+    assert all(line.endswith("__CUDA_ARCH__ >= 900") for line in asked), asked
 
 
 def test_the_default_architectures_are_the_designs(script: ModuleType) -> None:
