@@ -20,7 +20,7 @@ from vitq_kernels.ops.mma_fragments import bank_quarter, place_rows
 from vitq_kernels.spec import RowGroups
 
 SCALAR_STORES = ("STG.E", "STG.E.U8", "STG.E.U16")
-WIDE_STORES = ("STG.E.64", "STG.E.128")
+BYTE_WORTH = 100
 Pipes = dict[str, float]
 
 
@@ -57,32 +57,65 @@ def blocks(kernel: Kernel) -> dict[int, Block]:
     return found
 
 
-def best_path(graph: dict[int, Block], start: int, value: Callable[[Instruction], int]) -> list[Instruction]:
-    """The way to the end whose instructions are worth the most; a loop's body is gone through once."""
+def best_path(
+    graph: dict[int, Block], start: int, value: Callable[[Instruction], int], lane_bytes: int = 0
+) -> list[Instruction]:
+    """The way to the end that is worth the most and stores ``lane_bytes`` of a lane.
+
+    A byte that is stored is worth ``BYTE_WORTH``. A way goes through a loop once; where it has stored too little then,
+    what reads staged outputs and stores them is repeated.
+    """
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * len(graph)))
-    known: dict[int, tuple[int, list[int]] | None] = {}
+    known: dict[int, dict[int, tuple[int, list[int]]]] = {}  # from a block on: by bytes, worth and blocks of the best
     on_way: set[int] = set()
 
-    def go(at: int) -> tuple[int, list[int]] | None:
+    def go(at: int) -> dict[int, tuple[int, list[int]]]:
         if at in known:
             return known[at]
         block = graph[at]
-        own = sum(map(value, block.body))
+        own, stored = sum(map(value, block.body)), sum(map(stored_bytes, block.body))
         last = block.body[-1]
-        if last.name == "EXIT" and not last.predicate:
-            known[at] = own, [at]
-            return known[at]
+        best = {0: (0, [])} if last.name == "EXIT" and not last.predicate else {}
         on_way.add(at)
-        ways = [way for f in block.following if f in graph and f not in on_way and (way := go(f)) is not None]
+        for following in block.following:
+            if following in graph and following not in on_way:
+                for further, (worth, way) in go(following).items():
+                    if further not in best or best[further][0] < worth:
+                        best[further] = worth, way
         on_way.discard(at)
-        best = max(ways, key=lambda way: way[0], default=None)
-        known[at] = None if best is None else (own + best[0], [at, *best[1]])
+        known[at] = {
+            stored + further: (own + worth, [at, *way])
+            for further, (worth, way) in best.items()
+            if stored + further <= lane_bytes
+        }
         return known[at]
 
-    way = go(start)
-    if way is None:
+    ways = go(start)
+    if not ways:
         raise ValueError("no way to the end")
-    return [instruction for at in way[1] for instruction in graph[at].body]
+    stored = max(ways, key=lambda stored: ways[stored][0] + BYTE_WORTH * stored)
+    path = [instruction for at in ways[stored][1] for instruction in graph[at].body]
+    return _repeated(path, lane_bytes / stored) if stored else path
+
+
+def _repeated(path: list[Instruction], times: float) -> list[Instruction]:
+    """The path with what lies from the first read of staged outputs to the last store, repeated."""
+    if times != int(times):
+        raise ValueError(f"the outputs of a lane are {times} times what the way stores")
+    found: list[Instruction] = []
+    for is_barrier, group in itertools.groupby(path, lambda i: i.name.startswith("BAR")):
+        section = list(group)
+        stores = [place for place, i in enumerate(section) if stored_bytes(i)]
+        reads = [place for place, i in enumerate(section) if i.name.startswith("LDS")]
+        found += section
+        if stores and reads and not is_barrier:
+            found += section[reads[0] : stores[-1] + 1] * (int(times) - 1)
+    return found
+
+
+def stored_bytes(instruction: Instruction) -> int:
+    """Bytes of a lane that a wide store writes to memory."""
+    return {"STG.E.64": 8, "STG.E.128": 16}.get(instruction.name, 0)
 
 
 def direct_value(instruction: Instruction) -> int:
@@ -100,8 +133,6 @@ def reordered_value(instruction: Instruction) -> int:
 def _value(instruction: Instruction) -> int:
     if instruction.name in SCALAR_STORES:
         return -10000
-    if instruction.name.startswith("STG"):
-        return 5000
     return -3000 if instruction.name == "LDG.E.128" else -1  # a residual
 
 
@@ -134,21 +165,17 @@ def ways_out(kernel: Kernel, tile: Tile, shared: float) -> tuple[Pipes, Pipes, P
         shared: clocks of shared memory of the reordered way.
     """
     graph, start = blocks(kernel), after_loops(kernel)
-    warps = tile.threads // 32
-    direct = best_path(graph, start, direct_value)
+    warps, words = tile.threads // 32, kernel.name.startswith("gemm_kernel<real")
+    lane_bytes = tile.rows * tile.tokens * (4 if words else 1) // tile.threads
+    direct = best_path(graph, start, direct_value, lane_bytes)
     parts: list[list[Instruction]] = [[]]  # head, then write and read in turn, a pair a pass
-    for instruction in best_path(graph, start, reordered_value):
+    for instruction in best_path(graph, start, reordered_value, lane_bytes):
         parts[-1].append(instruction)
         if instruction.name.startswith("BAR"):
             parts.append([])
-    passes = len(parts) // 2
     total: Counter[str] = Counter()
-    for part in parts[1::2]:
+    for part in parts[1:]:
         total.update(pipes(part, warps))
-    for part in parts[2::2]:
-        stored = sum(16 if i.name == "STG.E.128" else 8 for i in part if i.name in WIDE_STORES)  # bytes a lane
-        element = 4 if any(i.name == "STG.E.128" for i in part) else 1
-        total.update(pipes(part, tile.rows * tile.tokens * element / passes / (32 * stored)))
     return pipes(direct, warps), pipes(parts[0], warps), {**total, "shared": shared}
 
 

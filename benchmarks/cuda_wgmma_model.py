@@ -14,11 +14,12 @@ from typing import Any
 
 from benchmarks.cuda_epilogue import best_path, blocks, pipes, reordered_value
 from benchmarks.cuda_sass import Instruction, Kernel, count
-from vitq_kernels.ops.cuda.tiles import STEP_COLS, STEPS_OF_STAGE, TILES, WINDOW_ROWS, Tile
+from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, STEP_COLS, STEPS_OF_STAGE, TILES, WINDOW_ROWS, Tile
 
 PRODUCTS = 4096  # int8 multiply-adds a clock and SM
 SHARED_BYTES = 128  # a clock
 LDS_CLOCKS = 4
+WARPGROUP = 128  # threads, for each group of rows
 IGMMAS = 2 * STEPS_OF_STAGE  # of a slice
 WIDTH_BYTES = 4 * STEPS_OF_STAGE  # that a lane loads of a slice for each bit of the weights' width
 DEPTHS = (768, 1024, 3072, 4096)
@@ -33,15 +34,27 @@ expected to limit int8 to about 73 % (kernels.md 5).
 
 | tile | bits | tensor | shared | ALU | FMA | issue | way out | K = 768 | 1024 | 3072 | 4096 | 768, overlapped |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
+MIXED_HEAD = """
+Rows of several widths, half of the groups of a window of either, in the window's tile; and a layer whose rows all have
+the wider one, in tiles of 128x256. Clocks of a step, and of the way out of a tile (float32 without a residual where
+outputs are real; GELU in the shorter of its forms), on the fullest pipe; what the mixture adds, ways out after the
+products. What 128x256 hides of its way out under products would add to that: the window's workers store together.
+
+| bits | outputs | step, one width | mixed | way out, one width | mixed | adds at K = 768 | at K = 3072 |
+|---|---|---|---|---|---|---|---|""".splitlines()
+EPILOGUES = ("codes", "gelu", "real")
+Steps = dict[Tile, dict[int, dict[str, Any]]]  # by tile and bits, step_row
+WaysOut = dict[str, dict[Tile, dict[str, float]]]  # by epilogue and tile, way_out
+MIXTURES = ((8, 4), (4, 2))  # the widest groups' bits, the others'
 
 
-def tile_of(kernel: Kernel) -> Tile | None:
-    """Of a wgmma kernel with the epilogue of codes, None for others."""
-    match = re.match(r"wgmma_kernel<codes, (\d+)x(\d+)>", kernel.name)
+def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:
+    """Epilogue and tile of a GEMM on wgmma, None for others."""
+    match = re.match(r"wgmma_kernel<(\w+), (\d+)x(\d+)>", kernel.name)
     if match is None or kernel.arch != "sm_90a":
         return None
-    size = int(match.group(1)), int(match.group(2))
-    return next(t for t in TILES if t.wgmma and (t.rows, t.tokens) == size)
+    size = int(match.group(2)), int(match.group(3))
+    return match.group(1), next(t for t in TILES if t.wgmma and (t.rows, t.tokens) == size)
 
 
 def slices(kernel: Kernel) -> list[tuple[Instruction, ...]]:
@@ -77,12 +90,14 @@ def step_row(tile: Tile, body: tuple[Instruction, ...]) -> dict[str, Any]:
 
 
 def way_out(kernel: Kernel, tile: Tile) -> dict[str, float]:
-    """Clocks of each pipe from the last product of a tile to its last store."""
+    """Clocks of each pipe from the last product of a tile to its last store; float32 where outputs are real."""
     last = max(n for n, i in enumerate(kernel.instructions) if i.name.startswith("IGMMA"))
     graph = blocks(kernel)
     start = min(address for address in graph if address > kernel.instructions[last].address)
-    path = best_path(graph, start, lambda i: -(10**8) if _is_of_parts(i) else reordered_value(i))
-    staged = 2 * tile.rows * tile.tokens / SHARED_BYTES
+    element = 4 if kernel.name.startswith("wgmma_kernel<real") else 1
+    lane_bytes = element * tile.tokens * GROUP_ROWS // WARPGROUP
+    path = best_path(graph, start, lambda i: -(10**8) if _is_of_parts(i) else reordered_value(i), lane_bytes)
+    staged = 2 * element * tile.rows * tile.tokens / SHARED_BYTES
     return {**pipes(path, tile.rows / 16), "shared": staged}
 
 
@@ -100,21 +115,46 @@ def overlapped(row: dict[str, Any], after: dict[str, float], tile: Tile, depth: 
     return float(steps * row["tensor"] / max(steps * row[pipe] + after.get(pipe, 0) for pipe in PIPES))
 
 
+def mixed_rows(steps: Steps, ways: WaysOut) -> list[str]:
+    """Lines of the table of rows of several widths."""
+    window = next(tile for tile in steps if tile.rows == WINDOW_ROWS)
+    plain = max(steps, key=lambda tile: (tile.rows < WINDOW_ROWS, tile.tokens))
+    lines = []
+    for widest, others in MIXTURES:
+        # Half of the groups have either width: their bytes and loads, and so the clocks of each pipe, are in between.
+        mixed = max(sum(steps[window][bits][pipe] for bits in (widest, others)) / 2 for pipe in PIPES)
+        alone = max(steps[plain][widest][pipe] for pipe in PIPES)
+        for epilogue in EPILOGUES:
+            direct, reordered = (max(ways[epilogue][tile].values()) for tile in (plain, window))
+            adds = [
+                100 * ((depth // STEP_COLS * mixed + reordered) / (depth // STEP_COLS * alone + direct) - 1)
+                for depth in (DEPTHS[0], DEPTHS[2])
+            ]
+            cells = (f"{widest}, {others}", epilogue, f"{alone:.0f}", f"{mixed:.0f}", f"{direct:.0f}")
+            lines.append(f"| {' | '.join((*cells, f'{reordered:.0f}', *(f'{add:.1f} %' for add in adds)))} |")
+    return lines
+
+
 def report(listing: Iterable[Kernel]) -> list[str]:
     """The section of docs/cuda_cost_model.md."""
     lines = [*WAYS_HEAD]
+    steps: Steps = {}
+    ways: WaysOut = {epilogue: {} for epilogue in EPILOGUES}
     for kernel in listing:
-        tile = tile_of(kernel)
+        epilogue, tile = tile_of(kernel) or ("", None)
         if tile is None:
             continue
-        after = way_out(kernel, tile)
-        for row in sorted((step_row(tile, body) for body in slices(kernel)), key=lambda row: -row["bits"]):
+        after = ways[epilogue][tile] = way_out(kernel, tile)
+        if epilogue != "codes":
+            continue
+        steps[tile] = {row["bits"]: row for row in (step_row(tile, body) for body in slices(kernel))}
+        for bits, row in sorted(steps[tile].items(), reverse=True):
             shares = [f"{100 * reached(row, after, depth):.0f} %" for depth in DEPTHS]
             shares.append(f"{100 * overlapped(row, after, tile, DEPTHS[0]):.0f} %")
             clocks = (f"{row[pipe]:.0f}" for pipe in PIPES)
-            cells = (f"{tile.rows}x{tile.tokens}", row["bits"], *clocks, f"{max(after.values()):.0f}", *shares)
+            cells = (f"{tile.rows}x{tile.tokens}", bits, *clocks, f"{max(after.values()):.0f}", *shares)
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, ""]
+    return [*lines, *MIXED_HEAD, *mixed_rows(steps, ways), ""]
 
 
 def _is_of_parts(instruction: Instruction) -> bool:

@@ -240,17 +240,19 @@ __device__ __forceinline__ int row_of_worker() {
 // A row of this thread: what its outputs need, and where they are staged.
 struct WorkerRow {
   RunVectors vectors;  // the same for all of a run
+  bool is_aligned;     // they take the weights' alignment, which is still in the sums (align_vectors)
   int offset;
 };
 
 template <Epilogue kKind, class T>
-__device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int first_row, int at) {
+__device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int first_row, int at, int shift) {
   const int row = model_row(with, first_row + at);
   WorkerRow found;
   found.offset = staged_offset(T::kRows == kWindowRows ? row - first_row : at);
   float multiplier, zero, inv_scale;
   int32_t bias;
   load_vectors<kKind>(with.epilogue, row, with.rows, multiplier, bias, zero, inv_scale);
+  found.is_aligned = align_vectors<kKind>(with.epilogue, with.columns, shift, multiplier, bias);
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     found.vectors.multiplier[i] = multiplier, found.vectors.bias[i] = bias;
@@ -262,7 +264,7 @@ __device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int f
 // A tile's way out: each worker rescales its accumulators and stages them where the rows belong; then it stores them, or
 // all workers together.
 template <Epilogue kKind, class T>
-__device__ __forceinline__ void store_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
+__device__ __forceinline__ void store_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2],
                                            const TilePlace<T>& place, int shift) {
   constexpr int kElement = staged_element(kKind);
   using S = WgmmaStaging<T, kElement>;
@@ -272,7 +274,14 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
   const int first_token = place.token * T::kTokens;
   unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens() + crew * wgmma_staged_bytes<T>();
   const int at = static_cast<int>(warp % (T::kStoringThreads / 32) / 4) * kGroupRows + row_of_worker();
-  const WorkerRow rows[2] = {worker_row<kKind, T>(with, first_row, at), worker_row<kKind, T>(with, first_row, at + 2)};
+  const WorkerRow rows[2] = {worker_row<kKind, T>(with, first_row, at, shift),
+                             worker_row<kKind, T>(with, first_row, at + 2, shift)};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (rows[h].is_aligned) continue;
+#pragma unroll
+    for (int i = 2 * h; i < T::kTokens / 2; i += 4) acc[i] >>= shift, acc[i + 1] >>= shift;
+  }
   const bool whole = is_whole(with, first_row + T::kStoredRows, first_token + T::kTokens);
   unsigned char* of_lane = staged + lane % 4 * 8;
 #pragma unroll
@@ -289,7 +298,7 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, const int3
         int32_t sums[kRun];
         uint32_t word[kRun];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) sums[i] = acc[4 * (token / 8 + i / 2) + 2 * h + i % 2] >> shift;
+        for (int i = 0; i < kRun; ++i) sums[i] = acc[4 * (token / 8 + i / 2) + 2 * h + i % 2];
         rescale<kKind>(with.epilogue, rows[h].vectors, scale_of, sums, word);
         unsigned char* target = of_lane + rows[h].offset;
         if constexpr (kElement == 1) {
@@ -338,7 +347,8 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
     delay_until(ring.full() + T::kStages - 1, 0);
   }
   for (int tile = first_turn<T>(order); tile < order.count(); tile += turns<T>(order)) {
-    const TilePlace<T> place(order, member, tile, with.weight.steps);
+    TilePlace<T> place(order, member, tile, with.weight.steps);
+    hold(place.row), hold(place.token);  // else their division is done again behind the loop, to spare registers
     const int group = place.row * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
     const int bits = group < with.weight.group_count ? with.weight.groups[2 * group] : 0;
     int32_t acc[T::kTokens / 2] = {};

@@ -113,6 +113,37 @@ def test_whole_tiles_of_mixed_rows(cuda: BackendCase, tile: int, dtype: torch.dt
         check(case, cuda.device)
 
 
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_id)
+def test_vectors_that_cannot_take_the_alignment(cuda: BackendCase, tile: int) -> None:
+    """Biases on either side of what fits int32 left-aligned by 0 to 6 bits, multipliers below the normal numbers."""
+    case = linear_case(RowGroups(256, (8, 2, 5, 3), 64, tuple(SHUFFLED[0])), 9, 200)
+    edges = [edge + off for shift in range(7) for edge in (2**30 >> shift, -(2**30) >> shift) for off in (-1, 0)]
+    bias = torch.tensor([*edges, 2**31 - 2**23, -(2**31) + 2**23] * 9, dtype=torch.int32)
+    bias = bias[torch.randperm(bias.numel(), generator=torch.manual_seed(1))[:256]]
+    multiplier = 100 / bias.double().abs().clamp_min(1)
+    multiplier[::7] *= -1
+    multiplier[3::16] = 2.0**-101
+    multiplier[4::16] = 2.0**-140
+    multiplier[5::16] = 0.0
+    case.arguments.update(bias_q=bias, multiplier=multiplier.float())
+    with forced(Plan(tile)):
+        check(case, cuda.device)
+
+
+@pytest.mark.parametrize("tile", [t for t in range(len(TILES)) if TILES[t].wgmma], ids=tile_id)
+def test_sums_too_long_to_stay_aligned(emulated: BackendCase, tile: int) -> None:
+    """Of 2^16 columns the largest sum is 2^30 left-aligned, and the bias one less: so many more leave int32."""
+    k, n = 2**16 + 16, 64
+    case = linear_case(RowGroups.uniform(n, 2), 1, k)
+    weight = pack_weight(torch.full((n, k), -2, dtype=torch.int8), RowGroups.uniform(n, 2))
+    bias = torch.full((n,), 2**24 - 1, dtype=torch.int32)
+    multiplier = torch.full((n,), 100 / (256 * k + 2**24))
+    a = torch.full((1, k), -128, dtype=torch.int8)
+    case.arguments.update(a=a, weight=weight, bias_q=bias, multiplier=multiplier)
+    with forced(Plan(tile)):
+        check(case, emulated.device)
+
+
 @pytest.mark.parametrize("plan", in_parts(2))
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_every_epilogue_of_every_tile(cuda: BackendCase, op: str, plan: Plan) -> None:

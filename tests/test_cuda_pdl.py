@@ -1,18 +1,14 @@
 """Programmatic dependent launch: no kernel touches what the kernel in front of it writes, or still reads, too early.
 
-Twice: in the emulation, where all that a launch is given is garbage until it has waited, and on the PTX, where no way
-from a kernel's begin to an access of memory may avoid ``griddepcontrol.wait``.
+Here in the emulation, where all that a launch is given is garbage until it has waited; test_cuda_compile.py looks at
+the machine's code, where no way from a kernel's begin to an access of memory may avoid the wait.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import re
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +28,6 @@ from vitq_kernels.ops.cuda.tiles import TILES, Plan, forced
 from vitq_kernels.ops.mma_fragments import MmaFragments
 from vitq_kernels.spec import RowGroups
 
-CSRC = Path(__file__).parents[1] / "csrc"
 Withhold = Callable[[Sequence[Tensor]], None]
 # Each kernel of the linear ops: every tile, and mma.sync's parts with the kernel that adds them.
 PLANS = [
@@ -172,89 +167,3 @@ def test_a_write_before_the_wait_is_an_error(planted: Any, withhold: Withhold) -
         planted.plant(no_following=True)
         with pytest.raises(RuntimeError, match=r"^emulation: no thread waited for the kernel in front$"):
             torch.ops.vitq.quantize(*arguments)
-
-
-# --- the machine's code --------------------------------------------------------------------------------------------
-
-ACCESS = re.compile(r"\b(?:ld|st|red|atom)(?:\.\w+)*\.global|\bcp\.async|\bld\.v?\d*\.?[usfb]\d|\bst\.v?\d*\.?[usfb]\d")
-# A loading thread asks for settled weights: where they lie, and their bytes.
-OF_WEIGHTS = re.compile(r"\bld\.global|\bcp\.async\.bulk\.shared")
-
-
-def kernels(ptx: str) -> dict[str, list[str]]:
-    """Lines of each kernel's body."""
-    found = re.findall(r"\.entry\s+(\w+)\((?:[^)]*)\)[^{]*\{\n(.*?)\n\}", ptx, re.DOTALL)
-    return {name: [line.strip() for line in body.splitlines() if line.strip()] for name, body in found}
-
-
-def reached_before_the_wait(body: list[str]) -> list[str]:
-    """Accesses of memory that some way from the begin comes to without griddepcontrol.wait."""
-    labels = {line.split(":")[0]: place for place, line in enumerate(body) if re.match(r"\$\w+:", line)}
-    found, seen, waiting = set(), set(), [0]
-    while waiting:
-        place = waiting.pop()
-        while place < len(body) and place not in seen:
-            seen.add(place)
-            line = body[place]
-            if "griddepcontrol.wait" in line or re.match(r"(?:ret|exit|trap)\b", line):
-                break
-            if ACCESS.search(line):
-                found.add(place)
-            branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
-            if branch:
-                waiting.append(labels[branch.group(1)])
-                if not line.startswith("@"):
-                    break
-            elif "brx.idx" in line:
-                waiting += labels.values()
-            place += 1
-    return [body[place] for place in sorted(found)]
-
-
-BODY = """
-.visible .entry early(
-\t.param .u64 early_0
-)
-.maxntid 128
-{
-\tld.param.u64 %rd1, [early_0];
-\tsetp.eq.s32 %p1, %r1, 0;
-\t@%p1 bra $L__BB0_2;
-\tgriddepcontrol.wait; griddepcontrol.launch_dependents;
-$L__BB0_2:
-\tld.global.nc.u32 %r2, [%rd1];
-\tst.shared.u32 [%r3], %r2;
-\tret;
-
-}
-"""
-
-
-def test_an_access_that_a_branch_leads_to_is_seen() -> None:
-    (body,) = kernels(BODY).values()
-    assert reached_before_the_wait(body) == ["ld.global.nc.u32 %r2, [%rd1];"]
-    (body,) = kernels(BODY.replace("@%p1 bra $L__BB0_2;", "")).values()
-    assert reached_before_the_wait(body) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.stem)
-def test_no_kernel_touches_memory_before_the_wait(tmp_path: Path, source: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("cuda not built")
-    flags = ("-std=c++17", "-O3", "-fmad=false", "-arch=sm_90a", "-DVITQ_HAS_SM90A")
-    done = subprocess.run(
-        [nvcc, *flags, "-ptx", "-o", str(tmp_path / "ptx"), str(source)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = kernels((tmp_path / "ptx").read_text())
-    assert found
-    for name, body in found.items():
-        if any(line.startswith("trap") for line in body) and len(body) < 10:
-            continue  # 4-bit products, which Hopper has not
-        early = reached_before_the_wait(body)
-        assert any("griddepcontrol.launch_dependents" in line for line in body), name
-        if "wgmma_kernel" in name:
-            early = [line for line in early if not OF_WEIGHTS.search(line)]
-        assert early == [], name
