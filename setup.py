@@ -79,8 +79,8 @@ def requirements() -> list[str]:
 def gencode(architectures: str) -> str:
     """nvcc's flags for "80+PTX;86;90a": machine code of each, and PTX where it says so.
 
-    Those before Hopper are all assembled from the PTX of their oldest: csrc/ asks whether it compiles for 9.0 or later, and
-    nothing finer, and nvcc's front end takes two thirds of the time.
+    Those before Hopper are all assembled from the PTX of their oldest: csrc/ asks whether it compiles for 9.0 or later,
+    and nothing finer, and nvcc's front end takes two thirds of the time.
     """
     asked = []
     for architecture in architectures.split(";"):

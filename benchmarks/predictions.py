@@ -1,8 +1,8 @@
 """What the CUDA kernels' model expects of a H100 SXM or H200, before one has run: ``python -m benchmarks.predictions``.
 
 Rewrites the tables of ``benchmarks/README.md``. The numbers are ``estimate_us`` of ``vitq_kernels/ops/cuda/tiles.py``
-and of ``cuda_attention_model.py``: facts about sizes and machine code, assumptions about rates. They stand there to be
-held against the first measurement, not to be believed.
+and of ``cuda_attention_model.py`` and ``fused_layernorm_model.py``: facts about sizes and machine code, assumptions
+about rates. They stand there to be held against the first measurement, not to be believed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import cuda_attention_model
+from benchmarks import cuda_attention_model, fused_layernorm_model
 from benchmarks.vit_shapes import BATCHES, MLP_RATIO, VITS
 from vitq_kernels.files import write_text
 from vitq_kernels.ops.cuda.tiles import LAUNCH_US, TILES, Gpu, Problem, architecture, rank
@@ -26,6 +26,9 @@ HEAD = """| model | batch | layer (N, K) | plan, 8 bits | us | TOPS | of the pea
 
 ATTENTION_HEAD = """| model | batch | tokens | head dim | passes | clocks a head | values | fullest pipe | us | TFLOPS |
 |---|---|---|---|---|---|---|---|---|---|
+"""
+LAYERNORM_HEAD = """| model | batch | proj, LayerNorm | in one | fc2, LayerNorm | in one |
+|---|---|---|---|---|---|
 """
 # Beside the models of the linears: 384 pixels, and 512.
 LENGTHS = (("DeiT-B", 197), ("DeiT-B", 577), ("ViT-L", 1025), ("ViT-H", 257))
@@ -69,6 +72,19 @@ def attention_rows() -> Iterator[str]:
             yield f"| {' | '.join(map(str, (*cells, *rest)))} |\n"
 
 
+def layernorm_rows() -> Iterator[str]:
+    """A line a model and batch: LayerNorm behind the two GEMMs that write the residual stream."""
+    for vit in (vit for vit in VITS if vit.name in MODELS):
+        for batch in BATCHES:
+            cells = [vit.name, str(batch)]
+            for k in (vit.channels, MLP_RATIO * vit.channels):
+                problem = Problem(batch * vit.tokens, vit.channels, k, 8, False, False)
+                found = fused_layernorm_model.estimate(problem, HOPPER)
+                fused = "" if found.fused is None else f"{found.fused:.1f} ({found.fused / found.two_kernels:.2f}x)"
+                cells += [f"{found.two_kernels:.1f}", fused]
+            yield f"| {' | '.join(cells)} |\n"
+
+
 def with_table(page: str, name: str, table: str) -> str:
     """The page with the table between the markers of a name replaced."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
@@ -77,9 +93,10 @@ def with_table(page: str, name: str, table: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with both tables."""
+    """The page with its tables."""
     page = with_table(page, "predictions", HEAD + "".join(linear_rows()))
-    return with_table(page, "attention", ATTENTION_HEAD + "".join(attention_rows()))
+    page = with_table(page, "attention", ATTENTION_HEAD + "".join(attention_rows()))
+    return with_table(page, "layernorm", LAYERNORM_HEAD + "".join(layernorm_rows()))
 
 
 if __name__ == "__main__":

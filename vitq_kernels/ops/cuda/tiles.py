@@ -245,15 +245,20 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     ]
 
 
-def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
-    """Microseconds by the model at the head of this file."""
-    arch, tile = architecture(gpu), TILES[plan.tile]
+def step_clocks(tile: Tile, problem: Problem, arch: Architecture) -> float:
+    """Clocks of a step of 64 columns of a block: the slowest of products, bytes and, on wgmma, shared memory."""
     products = arch.wgmma_products if tile.wgmma else arch.products * (2 if problem.native4 else 1)
-    step = max(
+    return max(
         tile.rows * tile.tokens * STEP_COLS / (products * arch.reached),
         tile.copied_bytes(problem.widest) / arch.l2_bytes,
         tile.shared_clocks(problem.widest) if tile.wgmma else 0.0,
     )
+
+
+def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
+    """Microseconds by the model at the head of this file."""
+    arch, tile = architecture(gpu), TILES[plan.tile]
+    step = step_clocks(tile, problem, arch)
     steps = -(-problem.steps // plan.parts)
     reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS and not tile.wgmma else 0.0
     scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
