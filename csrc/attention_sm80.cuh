@@ -187,8 +187,7 @@ struct Attention {
   }
 
   __device__ __forceinline__ void plain_coding(Coding (&coding)[2]) const {
-    const float last = static_cast<float>(with.level_count - 1);
-    coding[0] = coding[1] = {with.kappa[rows.head], 0.0f, last, false};
+    coding[0] = coding[1] = {with.kappa[rows.head], 0.0f, static_cast<float>(with.level_count - 1), false};
   }
 
   // Codes of the normalised probability from here on; what divides the output is the largest level then.

@@ -44,8 +44,13 @@ def weight_scale(weight: Tensor, row_bits: Tensor) -> Tensor:
 
 def round_to_nearest(weight: Tensor, scale: Tensor, row_bits: Tensor) -> Tensor:
     """``clamp(rint(w / scale))`` per row: float32 [N, K] to int8 [N, K]."""
-    limit = (2.0 ** (row_bits.double() - 1)).float()[:, None]
+    limit = code_limit(row_bits)[:, None]
     return (weight / scale[:, None]).round_().clamp_(-limit, limit - 1).to(torch.int8)
+
+
+def code_limit(row_bits: Tensor) -> Tensor:
+    """``2^(bits - 1)``: int [N] to float32 [N]."""
+    return (2.0 ** (row_bits.double() - 1)).float()
 
 
 def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: float = DAMP) -> Tensor:
@@ -69,18 +74,22 @@ def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: 
     h = damped(moment, damp)[order][:, order]
     # Upper Cholesky factor U of the inverse: row k holds what an error in column k does to the later ones.
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    work = weight[:, order].clone()
+    # A column of the weight is a row here: contiguous.
+    work = weight[:, order].t().contiguous()
     codes = torch.empty_like(work, dtype=torch.int8)
-    for start in range(0, work.shape[1], BLOCK):
-        stop = min(start + BLOCK, work.shape[1])
-        errors = torch.empty_like(work[:, start:stop])
+    limit = code_limit(row_bits)
+    low, high = -limit, limit - 1
+    for start in range(0, len(work), BLOCK):
+        stop = min(start + BLOCK, len(work))
+        errors = torch.empty_like(work[start:stop])
         for k in range(start, stop):
-            codes[:, k] = round_to_nearest(work[:, k : k + 1], scale, row_bits)[:, 0]
-            errors[:, k - start] = (work[:, k] - codes[:, k].float() * scale) / upper[k, k]
-            work[:, k + 1 : stop] -= errors[:, k - start, None] * upper[k, k + 1 : stop]
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
+            code = (work[k] / scale).round_().clamp_(low, high)
+            codes[k] = code
+            errors[k - start] = (work[k] - code * scale) / upper[k, k]
+            work[k + 1 : stop] -= upper[k, k + 1 : stop, None] * errors[k - start]
+        work[stop:] -= upper[start:stop, stop:].t() @ errors
+    result = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    result[:, order] = codes.t()
     return result
 
 
@@ -101,18 +110,23 @@ def refine(weight: Tensor, scale: Tensor, row_bits: Tensor, codes: Tensor, momen
     Returns:
         int8 [N, K].
     """
-    limit = (2.0 ** (row_bits.double() - 1)).float()
+    limit = code_limit(row_bits)
+    low, high = -limit, limit - 1
     h = damped(moment, DAMP / 10).float()
     codes = codes.float()
     for _ in range(sweeps):
         for start in range(0, weight.shape[1], BLOCK):
             stop = min(start + BLOCK, weight.shape[1])
-            gradient = (weight - codes * scale[:, None]) @ h[:, start:stop]
-            for k in range(start, stop):
-                wanted = codes[:, k] + gradient[:, k - start] / (h[k, k] * scale)
-                best = wanted.round().clamp(-limit, limit - 1)
-                gradient += ((codes[:, k] - best) * scale)[:, None] * h[k, start:stop]
-                codes[:, k] = best
+            # A column of the weight is a row here: contiguous.
+            gradient = ((weight - codes * scale[:, None]) @ h[:, start:stop]).t().contiguous()
+            columns, block = codes[:, start:stop].t().contiguous(), h[start:stop, start:stop]
+            steps = block.diagonal()[:, None] * scale
+            for k, column in enumerate(columns):
+                best = (column + gradient[k] / steps[k]).round_().clamp_(low, high)
+                # What the columns before it would be now, the next sweep asks.
+                gradient[k + 1 :] += block[k, k + 1 :, None] * ((column - best) * scale)
+                columns[k] = best
+            codes[:, start:stop] = columns.t()
     return codes.to(torch.int8)
 
 
