@@ -54,6 +54,11 @@ its forms): the direct way; the reordered one; what it adds, of the loop's tenso
 
 | tile | outputs | direct | reordered | adds at K = 768 | at K = 3072 | fullest, direct | fullest, reordered |
 |---|---|---|---|---|---|---|---|""".splitlines()
+FEW_TOKENS = """
+These are the tiles for few tokens. 64x64 writes its 8 KiB of a step and reads them back, 128 clocks of 128 at best;
+256x32 writes 18 and reads 18, 288 of 256. 128x64 would be at 88 % as two warps of 64x64, but use half of the SM's four
+tensor cores where it has one block, which is when the tile is chosen.
+""".splitlines()
 TAIL = """
 The clocks are those of a block alone on its SM, as 256x128 is: they are added to the loop's. Where several blocks share
 an SM (256x64, 256x32) they lie under another block's products as far as no pipe is full; the last two columns are the
@@ -164,10 +169,10 @@ def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]], hopper: 
             lines.append(f"| {head} | {clocks} | {after} | {row['unpack_per_weight']:g} |")
     over = [r for r in table if r["operands"] == "s8" and r["bits"] == 8 and r["next_pct"] > 90]
     named = ", ".join(f"{r['tile']} on {r['arch']} ({r['next_pipe']} {r['next_pct']:g} %)" for r in over) or "none"
-    lines += ["", f"W8A8 loops in which another pipe exceeds 90 % of the tensor cores: {named}.", ""]
+    lines += ["", f"W8A8 loops in which another pipe exceeds 90 % of the tensor cores: {named}.", *FEW_TOKENS]
     bound = [r for r in table if r["bound"] != "tensor" and r["tile"] in SHOWN]
     named = ", ".join(f"{r['operands']} {r['tile']} w{r['bits']} on {r['arch']} ({r['bound']})" for r in bound)
-    lines += [f"Loops of these tiles that the tensor cores do not bound: {named or 'none'}.", "", *WAYS_OUT]
+    lines += ["", f"Loops of the table that the tensor cores do not bound: {named or 'none'}.", "", *WAYS_OUT]
     for way in way_rows:
         adds = [f"{way[f'adds_{depth}_pct']:g} %" for depth in DEPTHS]
         cells = (way["tile"], way["outputs"], f"{way['direct']:g}", f"{way['reordered']:g}", *adds)
