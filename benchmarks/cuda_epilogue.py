@@ -20,7 +20,7 @@ from vitq_kernels.ops.mma_fragments import bank_quarter, place_rows
 from vitq_kernels.spec import RowGroups
 
 SCALAR_STORES = ("STG.E", "STG.E.U8", "STG.E.U16")
-BYTE_WORTH = 100
+BYTE_WORTH = 100  # more than the instructions that store it, less than a way through shared memory or past it
 Pipes = dict[str, float]
 
 
@@ -60,10 +60,14 @@ def blocks(kernel: Kernel) -> dict[int, Block]:
 def best_path(
     graph: dict[int, Block], start: int, value: Callable[[Instruction], int], lane_bytes: int = 0
 ) -> list[Instruction]:
-    """The way to the end that is worth the most and stores ``lane_bytes`` of a lane.
+    """The way to the end that is worth the most and stores ``lane_bytes`` of a lane; 0: nothing.
 
     A byte that is stored is worth ``BYTE_WORTH``. A way goes through a loop once; where it has stored too little then,
-    what reads staged outputs and stores them is repeated.
+    what lies from the first read of staged outputs to the last store is repeated. A loop's own counting is not: a few
+    instructions a turn.
+
+    Raises:
+        ValueError: there is no such way.
     """
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * len(graph)))
     known: dict[int, dict[int, tuple[int, list[int]]]] = {}  # from a block on: by bytes, worth and blocks of the best
@@ -95,13 +99,16 @@ def best_path(
         raise ValueError("no way to the end")
     stored = max(ways, key=lambda stored: ways[stored][0] + BYTE_WORTH * stored)
     path = [instruction for at in ways[stored][1] for instruction in graph[at].body]
-    return _repeated(path, lane_bytes / stored) if stored else path
+    if 0 < stored < lane_bytes:
+        path = _repeated(path, lane_bytes / stored)
+    stored = sum(map(stored_bytes, path))
+    if stored != lane_bytes:
+        raise ValueError(f"a lane has {lane_bytes} bytes of outputs, the way stores {stored}")
+    return path
 
 
 def _repeated(path: list[Instruction], times: float) -> list[Instruction]:
     """The path with what lies from the first read of staged outputs to the last store, repeated."""
-    if times != int(times):
-        raise ValueError(f"the outputs of a lane are {times} times what the way stores")
     found: list[Instruction] = []
     for is_barrier, group in itertools.groupby(path, lambda i: i.name.startswith("BAR")):
         section = list(group)
@@ -115,7 +122,8 @@ def _repeated(path: list[Instruction], times: float) -> list[Instruction]:
 
 def stored_bytes(instruction: Instruction) -> int:
     """Bytes of a lane that a wide store writes to memory."""
-    return {"STG.E.64": 8, "STG.E.128": 16}.get(instruction.name, 0)
+    match = re.match(r"STG\.E(?:\.\w+)*?\.(64|128)(?:\.|$)", instruction.name)
+    return int(match.group(1)) // 8 if match else 0
 
 
 def direct_value(instruction: Instruction) -> int:

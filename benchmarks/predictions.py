@@ -7,6 +7,8 @@ about rates. They stand there to be held against the first measurement, not to b
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from vitq_kernels.ops.cuda.tiles import LAUNCH_US, TILES, Gpu, Problem, architec
 
 PAGE = Path(__file__).parent / "README.md"
 HOPPER = Gpu(90, 132, "H100 SXM, H200")
+GPUS = (Gpu(80, 108, "A100"), Gpu(86, 84, "RTX 3090"), Gpu(89, 128, "RTX 4090"), HOPPER)
 PEAK_TOPS = 1979  # dense int8, data sheet
 MODELS = ("DeiT-B", "ViT-L")
 HEAD = """| model | batch | layer (N, K) | plan, 8 bits | us | TOPS | of the peak | with rows of several widths |
@@ -26,6 +29,9 @@ HEAD = """| model | batch | layer (N, K) | plan, 8 bits | us | TOPS | of the pea
 
 ATTENTION_HEAD = """| model | batch | tokens | head dim | passes | clocks a head | values | fullest pipe | us | TFLOPS |
 |---|---|---|---|---|---|---|---|---|---|
+"""
+MIXED_HEAD = """| GPU | batch | layers within 5 % | median | worst |
+|---|---|---|---|---|
 """
 LAYERNORM_HEAD = """| model | batch | proj, LayerNorm | in one | fc2, LayerNorm | in one |
 |---|---|---|---|---|---|
@@ -72,16 +78,34 @@ def attention_rows() -> Iterator[str]:
             yield f"| {' | '.join(map(str, (*cells, *rest)))} |\n"
 
 
+def mixed_rows() -> Iterator[str]:
+    """A line a GPU and batch: all layers of all models, their rows of several widths beside their widest alone."""
+    for gpu in GPUS:
+        for batch in BATCHES:
+            ratios = []
+            for vit, bits in itertools.product(VITS, (8, 4)):
+                c, tokens = vit.channels, batch * vit.tokens
+                for n, k in ((3 * c, c), (c, c), (MLP_RATIO * c, c), (c, MLP_RATIO * c)):
+                    one, mixed = (
+                        rank(Problem(tokens, n, k, bits, ordered, False), gpu)[0][1] for ordered in (False, True)
+                    )
+                    ratios.append((mixed / one, f"{vit.name} ({n}, {k}), {bits} bits"))
+            within = sum(ratio <= 1.05 for ratio, _ in ratios)
+            worst, layer = max(ratios)
+            middle = statistics.median(ratio for ratio, _ in ratios)
+            cells = (gpu.name, batch, f"{within} of {len(ratios)}", f"{middle:.2f}x", f"{worst:.2f}x: {layer}")
+            yield f"| {' | '.join(map(str, cells))} |\n"
+
+
 def layernorm_rows() -> Iterator[str]:
     """A line a model and batch: LayerNorm behind the two GEMMs that write the residual stream."""
-    for vit in (vit for vit in VITS if vit.name in MODELS):
+    for vit in filter(lambda vit: vit.name in MODELS, VITS):
         for batch in BATCHES:
             cells = [vit.name, str(batch)]
             for k in (vit.channels, MLP_RATIO * vit.channels):
                 problem = Problem(batch * vit.tokens, vit.channels, k, 8, False, False)
                 found = fused_layernorm_model.estimate(problem, HOPPER)
-                fused = "" if found.fused is None else f"{found.fused:.1f} ({found.fused / found.two_kernels:.2f}x)"
-                cells += [f"{found.two_kernels:.1f}", fused]
+                cells += [f"{found.two_kernels:.1f}", f"{found.fused:.1f} ({found.fused / found.two_kernels:.2f}x)"]
             yield f"| {' | '.join(cells)} |\n"
 
 
@@ -96,6 +120,7 @@ def with_tables(page: str) -> str:
     """The page with its tables."""
     page = with_table(page, "predictions", HEAD + "".join(linear_rows()))
     page = with_table(page, "attention", ATTENTION_HEAD + "".join(attention_rows()))
+    page = with_table(page, "mixed", MIXED_HEAD + "".join(mixed_rows()))
     return with_table(page, "layernorm", LAYERNORM_HEAD + "".join(layernorm_rows()))
 
 

@@ -30,24 +30,24 @@ __device__ __forceinline__ void load_vectors(const EpilogueArguments& with, int 
   inv_scale = kKind == Epilogue::kGelu && inside ? with.inv_scale[row] : 0.0f;
 }
 
-// Sums of b-bit weights come 2^shift times too large, shift = 8 - b, because weights are unpacked left-aligned. The vectors
-// of a row can take that instead of every sum: f32(2^shift acc) is 2^shift f32(acc), so nothing that follows changes a
-// bit. False, and nothing done, where sums of so many columns and the bias could leave int32, or the multiplier the normal
-// numbers.
+// Sums of b-bit weights come 2^shift times too large, shift = 8 - b, because weights are unpacked left-aligned. The
+// vectors of a row can take that instead of every sum: f32(2^shift acc) is 2^shift f32(acc), so nothing that follows
+// changes a bit. False, and nothing done, where that could not be: sums of so many columns and the bias could leave int32,
+// or the multiplier, or its product with a token's scale, the normal numbers.
 constexpr float kLeastMultiplier = 0x1p-100f;
 constexpr int kMostAlignedColumns = 1 << 16;  // sums within 2^30
 
 template <Epilogue kKind>
 __device__ __forceinline__ bool align_vectors(const EpilogueArguments& with, int columns, int shift, float& multiplier,
                                               int32_t& bias) {
-  const bool is_integer = kKind != Epilogue::kReal || with.token_scale == nullptr;  // the bias
   const int32_t room = (1 << 30) >> shift;
-  if (columns > kMostAlignedColumns || (is_integer && (bias >= room || bias < -room)) ||
-      (multiplier != 0.0f && fabsf(multiplier) < kLeastMultiplier)) {
+  if (columns > kMostAlignedColumns || bias >= room || bias < -room ||
+      (multiplier != 0.0f && fabsf(multiplier) < kLeastMultiplier) ||
+      (kKind == Epilogue::kReal && with.token_scale != nullptr)) {
     return false;
   }
   multiplier *= bits_float(static_cast<uint32_t>(127 - shift) << 23);
-  if (is_integer) bias *= 1 << shift;
+  bias *= 1 << shift;
   return true;
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import os
 import pickle
 import re
 import shutil
@@ -72,19 +74,19 @@ def binary() -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Kernel]]:
-    """The kernels of an architecture, which take 25 s to disassemble: read once, by one of the workers."""
+    """The kernels of an architecture, which take 25 s to disassemble: the workers of a run lend them to each other."""
     found: dict[str, list[Kernel]] = {}
-    shared = tmp_path_factory.getbasetemp().parent  # by the workers of a run
+    own = tmp_path_factory.mktemp("sass")
+    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     def of(arch: str) -> list[Kernel]:
-        known = shared / f"sass-{arch}-{binary.stat().st_mtime_ns}.pickle"
+        known = shared / f"sass-{arch}"
         if arch not in found and known.exists():
-            found[arch] = pickle.loads(known.read_bytes())
+            found[arch] = pickle.loads(gzip.decompress(known.read_bytes()))
         elif arch not in found:
             found[arch] = list(kernels(binary, arch))
-            own = tmp_path_factory.mktemp("sass") / known.name
-            own.write_bytes(pickle.dumps(found[arch]))
-            own.replace(known)
+            (own / "made").write_bytes(gzip.compress(pickle.dumps(found[arch]), 1))
+            (own / "made").replace(known)
         return found[arch]
 
     return of
@@ -200,13 +202,13 @@ def test_kernels_are_what_they_are_meant_to_be(compiled: Callable[[str], list[Ke
             assert count(kernel.instructions)["LDG.128"] >= 2, kernel.name
 
 
-ACCESS = re.compile(r"(LDG|STG|LDGSTS|LD|ST|RED|ATOM|ATOMG|UBLKCP|UTMALDG|UTMASTG|UTMAREDG)(\.|$)")
+ACCESS = re.compile(r"(LDG|STG|LDGSTS|LD|ST|RED|REDG|ATOM|ATOMG|UBLKCP|UBLKRED|UTMALDG|UTMASTG|UTMAREDG)(\.|$)")
 # A loading thread asks for settled weights: where they lie, and their bytes.
 OF_WEIGHTS = re.compile(r"LDG\.|UBLKCP")
 
 
 def reached_before_the_wait(kernel: Kernel) -> list[str]:
-    """Accesses of memory that some way from the begin comes to without griddepcontrol.wait, and jumps to anywhere."""
+    """Accesses of memory that some way from the begin comes to without griddepcontrol.wait; also calls, free jumps."""
     graph = cuda_epilogue.blocks(kernel)
     found, seen, waiting = [], set(), [kernel.instructions[0].address]
     while waiting:
@@ -214,7 +216,7 @@ def reached_before_the_wait(kernel: Kernel) -> list[str]:
         for instruction in block.body:
             if instruction.name == "ACQBULK" and not instruction.predicate:
                 break
-            if ACCESS.match(instruction.name) or instruction.name.startswith("BRX"):
+            if ACCESS.match(instruction.name) or instruction.name.startswith(("BRX", "CALL")):
                 found.append(instruction.name)
         else:
             waiting += [address for address in block.following if address not in seen]
@@ -245,6 +247,7 @@ def test_an_access_that_a_branch_leads_to_is_seen() -> None:
 @pytest.mark.slow
 def test_no_kernel_touches_memory_before_the_wait(compiled: Callable[[str], list[Kernel]]) -> None:
     """For Hopper, whose kernels start while the one in front ends (csrc/launch.cuh)."""
+    assert sum(kernel.name.startswith("wgmma_kernel") for kernel in compiled("sm_90a")) == 3 * 3
     for kernel in compiled("sm_90a"):
         names = [instruction.name for instruction in kernel.instructions]
         if "BPT.TRAP" in names and len(names) < 20:
@@ -272,10 +275,11 @@ def test_the_committed_resources_are_those_of_the_build(binary: Path) -> None:
     assert committed == [{k: str(v) for k, v in row.items()} for row in cuda_resources.rows(binary)]
 
 
-def added_by_mixed_rows(page: str) -> float:
-    """The largest percentage of the last table of cuda_wgmma_model."""
-    table = page.split("| bits | outputs |")[1].splitlines()[2:]
-    return max(float(share) for line in table for share in re.findall(r"([\d.]+) %", line))
+def added_by_mixed_rows(lines: list[str]) -> dict[str, list[float]]:
+    """Percentages of the last table of cuda_wgmma_model, by the bits of the mixture."""
+    start = lines.index("| bits | step, one width | step, mixed | codes | codes, 3072 | GELU | real |")
+    rows = [line.strip("| ").split(" | ") for line in lines[start + 2 :] if line.startswith("|")]
+    return {row[0]: [float(cell.removesuffix(" %")) for cell in row[3:]] for row in rows}
 
 
 @pytest.mark.slow
@@ -290,7 +294,8 @@ def test_the_committed_cost_model_is_that_of_the_build(compiled: Callable[[str],
     large = [r for r in made if r["operands"] == "s8" and r["bits"] == 8 and r["tile"] in cuda_cost_model.SHOWN]
     assert len(large) == len(ARCHITECTURES) * 3
     assert all(row["next_pct"] < 90 for row in large)
-    assert added_by_mixed_rows("\n".join(hopper)) < 5
+    within = {bits for bits, shares in added_by_mixed_rows(hopper).items() if max(shares) <= 5}
+    assert within == {"8, 4", "8, 2", "6, 4", "4, 3", "4, 2"}  # as benchmarks/README.md says
 
 
 @pytest.mark.slow
@@ -380,7 +385,7 @@ def test_a_loop_that_stores_is_gone_through_until_all_is_stored() -> None:
     graph = cuda_epilogue.blocks(kernel)
     way = [i.name for i in cuda_epilogue.best_path(graph, 0, cuda_epilogue.reordered_value, 24)]
     assert Counter(way) == {"STS": 1, "BAR.SYNC": 1, "MOV": 1, "LDS": 3, "STG.E.64": 3, "BRA": 1, "EXIT": 1}
-    with pytest.raises(ValueError, match=r"^the outputs of a lane are 1.5 times what the way stores$"):
+    with pytest.raises(ValueError, match=r"^a lane has 12 bytes of outputs, the way stores 8$"):
         cuda_epilogue.best_path(graph, 0, cuda_epilogue.reordered_value, 12)
 
 

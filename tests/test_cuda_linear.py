@@ -113,35 +113,56 @@ def test_whole_tiles_of_mixed_rows(cuda: BackendCase, tile: int, dtype: torch.dt
         check(case, cuda.device)
 
 
-@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_id)
-def test_vectors_that_cannot_take_the_alignment(cuda: BackendCase, tile: int) -> None:
-    """Biases on either side of what fits int32 left-aligned by 0 to 6 bits, multipliers below the normal numbers."""
+WGMMA_TILES = [number for number, tile in enumerate(TILES) if tile.wgmma]
+
+
+@pytest.mark.parametrize("tile", WGMMA_TILES, ids=tile_id)
+def test_biases_that_cannot_take_the_alignment(cuda: BackendCase, tile: int) -> None:
+    """On either side of what fits int32 left-aligned by 0 to 6 bits."""
     case = linear_case(RowGroups(256, (8, 2, 5, 3), 64, tuple(SHUFFLED[0])), 9, 200)
     edges = [edge + off for shift in range(7) for edge in (2**30 >> shift, -(2**30) >> shift) for off in (-1, 0)]
     bias = torch.tensor([*edges, 2**31 - 2**23, -(2**31) + 2**23] * 9, dtype=torch.int32)
     bias = bias[torch.randperm(bias.numel(), generator=torch.manual_seed(1))[:256]]
     multiplier = 100 / bias.double().abs().clamp_min(1)
     multiplier[::7] *= -1
-    multiplier[3::16] = 2.0**-101
-    multiplier[4::16] = 2.0**-140
-    multiplier[5::16] = 0.0
     case.arguments.update(bias_q=bias, multiplier=multiplier.float())
     with forced(Plan(tile)):
         check(case, cuda.device)
 
 
-@pytest.mark.parametrize("tile", [t for t in range(len(TILES)) if TILES[t].wgmma], ids=tile_id)
-def test_sums_too_long_to_stay_aligned(emulated: BackendCase, tile: int) -> None:
-    """Of 2^16 columns the largest sum is 2^30 left-aligned, and the bias one less: so many more leave int32."""
-    k, n = 2**16 + 16, 64
-    case = linear_case(RowGroups.uniform(n, 2), 1, k)
-    weight = pack_weight(torch.full((n, k), -2, dtype=torch.int8), RowGroups.uniform(n, 2))
-    bias = torch.full((n,), 2**24 - 1, dtype=torch.int32)
-    multiplier = torch.full((n,), 100 / (256 * k + 2**24))
-    a = torch.full((1, k), -128, dtype=torch.int8)
-    case.arguments.update(a=a, weight=weight, bias_q=bias, multiplier=multiplier)
-    with forced(Plan(tile)):
+@pytest.mark.parametrize(("k", "bias"), [(2**16, 2**24 - 1), (2**16, 2**24), (2**16 + 16, 2**24 - 1)])
+def test_the_longest_sums_that_stay_aligned(emulated: BackendCase, k: int, bias: int) -> None:
+    """Of 2^16 columns the largest sum is 2^30 left-aligned by 6 bits: with 2^24 more, or 16 columns, it is 2^31."""
+    n = 64
+    case = linear_case(RowGroups.uniform(n, 2), 1, 16)
+    case.arguments.update(
+        a=torch.full((1, k), -128, dtype=torch.int8),
+        weight=pack_weight(torch.full((n, k), -2, dtype=torch.int8), RowGroups.uniform(n, 2)),
+        bias_q=torch.full((n,), bias, dtype=torch.int32),
+        multiplier=torch.full((n,), 100 / (256 * k + 2**24)),
+    )
+    with forced(Plan(WGMMA_TILES[-1])):
         check(case, emulated.device)
+
+
+@pytest.mark.parametrize("tile", WGMMA_TILES, ids=tile_id)
+@pytest.mark.parametrize("per_token", [False, True], ids=["real", "per-token"])
+def test_multipliers_below_the_normal_numbers(emulated: BackendCase, tile: int, per_token: bool) -> None:
+    """Left-aligned sums would meet a multiplier, or its product with a token's scale, that has lost bits."""
+    case = linear_case(RowGroups.uniform(64, 2), 5, 200)
+    a, weight = case.arguments["a"], case.arguments["weight"]
+    scale, multiplier = (1.21 * 2.0**-30, 1.37 * 2.0**-99) if per_token else (1.0, 1.37 * 2.0**-140)
+    reals = {"a": a, "weight": weight, "multiplier": torch.full((64,), multiplier)}
+    if per_token:
+        reals |= {"token_scale": torch.full((5,), scale), "bias": None, "out_dtype": torch.float32}
+    else:
+        reals |= {"bias_q": case.arguments["bias_q"], "out_dtype": torch.float32}
+    small = Case("linear_per_token" if per_token else "linear_real", "small", reals)
+    with forced(Plan(tile)):
+        got = run(small, emulated.device)
+    with forced(Plan(MMA_TILES[0])):
+        assert_bitwise_equal(got, run(small, emulated.device))
+    assert got.abs().max() > 0
 
 
 @pytest.mark.parametrize("plan", in_parts(2))

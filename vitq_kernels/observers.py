@@ -78,7 +78,7 @@ class ChannelSample:
         channels, last = x.t().contiguous(), x.shape[0] - 1
         low_places = [round((1 - p) * last) for p in PERCENTILES]
         high_places = [last - round(p * last) for p in PERCENTILES]
-        # A thousandth from either end: sorting all of it would take a tenth of a conversion's time.
+        # Only the outer thousandths are asked for; a full sort took a sixth of a conversion's time.
         smallest = channels.topk(max(low_places) + 1, largest=False).values
         largest = channels.topk(max(high_places) + 1).values
         both = zip(PERCENTILES, low_places, high_places, strict=True)
