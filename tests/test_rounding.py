@@ -240,6 +240,18 @@ def test_refine_without_sweeps_and_of_no_inputs_changes_nothing() -> None:
     assert_bitwise_equal(refine(w, scale, row_bits, codes, torch.zeros(70, 70, dtype=torch.float64), 2), codes)
 
 
+def test_a_parameter_is_rounded_as_a_tensor_is() -> None:
+    """Blocks of columns are written in place; autograd, where it watches, must not mind."""
+    w, moment = reals("normal", (8, 70), seed=1), moment_of(70, 2)
+    row_bits = torch.full((8,), 3)
+    scale = weight_scale(w, row_bits)
+    codes = gptq(w, scale, row_bits, moment)
+    parameter = torch.nn.Parameter(w.clone())
+    assert_bitwise_equal(gptq(parameter, scale, row_bits, moment), codes)
+    refined = refine(w, scale, row_bits, codes, moment, 2)
+    assert_bitwise_equal(refine(parameter, scale, row_bits, codes, moment, 2), refined)
+
+
 @pytest.mark.parametrize("use_gptq", [True, False], ids=["gptq", "nearest"])
 def test_row_errors_are_relative_output_errors(use_gptq: bool) -> None:
     w, moment = reals("normal", (5, 30), seed=2), moment_of(30, 3)
