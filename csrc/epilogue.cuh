@@ -32,8 +32,8 @@ __device__ __forceinline__ void load_vectors(const EpilogueArguments& with, int 
 
 // Sums of b-bit weights come 2^shift times too large, shift = 8 - b, because weights are unpacked left-aligned. The
 // vectors of a row can take that instead of every sum: f32(2^shift acc) is 2^shift f32(acc), so nothing that follows
-// changes a bit. False, and nothing done, where that could not be: sums of so many columns and the bias could leave int32,
-// or the multiplier, or its product with a token's scale, the normal numbers.
+// changes a bit. False, and nothing done, where that could not be: sums of so many columns and the bias could leave
+// int32, or the multiplier, or its product with a token's scale, the normal numbers.
 constexpr float kLeastMultiplier = 0x1p-100f;
 constexpr int kMostAlignedColumns = 1 << 16;  // sums within 2^30
 
