@@ -58,7 +58,7 @@ def blocks(kernel: Kernel) -> dict[int, Block]:
 
 
 def best_path(
-    graph: dict[int, Block], start: int, value: Callable[[Instruction], int], lane_bytes: int = 0
+    graph: dict[int, Block], start: int, value: Callable[[Instruction], int], lane_bytes: int
 ) -> list[Instruction]:
     """The way to the end that is worth the most and stores ``lane_bytes`` of a lane; 0: nothing.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import cuda_attention_model, fused_layernorm_model
-from benchmarks.vit_shapes import BATCHES, MLP_RATIO, VITS
+from benchmarks.vit_shapes import BATCHES, VITS
 from vitq_kernels.files import write_text
 from vitq_kernels.ops.cuda.tiles import LAUNCH_US, TILES, Gpu, Problem, architecture, rank
 
@@ -43,15 +43,9 @@ LENGTHS = (("DeiT-B", 197), ("DeiT-B", 577), ("ViT-L", 1025), ("ViT-H", 257))
 def linear_rows() -> Iterator[str]:
     """A line of the table a layer."""
     for vit in (vit for vit in VITS if vit.name in MODELS):
-        c = vit.channels
         for batch in BATCHES:
             tokens = batch * vit.tokens
-            for layer, n, k in (
-                ("qkv", 3 * c, c),
-                ("proj", c, c),
-                ("fc1", MLP_RATIO * c, c),
-                ("fc2", c, MLP_RATIO * c),
-            ):
+            for layer, n, k in vit.linears:
                 (plan, us), mixed = (
                     rank(Problem(tokens, n, k, 8, ordered, False), HOPPER)[0] for ordered in (False, True)
                 )
@@ -84,11 +78,9 @@ def mixed_rows() -> Iterator[str]:
         for batch in BATCHES:
             ratios = []
             for vit, bits in itertools.product(VITS, (8, 4)):
-                c, tokens = vit.channels, batch * vit.tokens
-                for n, k in ((3 * c, c), (c, c), (MLP_RATIO * c, c), (c, MLP_RATIO * c)):
-                    one, mixed = (
-                        rank(Problem(tokens, n, k, bits, ordered, False), gpu)[0][1] for ordered in (False, True)
-                    )
+                for _, n, k in vit.linears:
+                    asked = (Problem(batch * vit.tokens, n, k, bits, ordered, False) for ordered in (False, True))
+                    one, mixed = (rank(problem, gpu)[0][1] for problem in asked)
                     ratios.append((mixed / one, f"{vit.name} ({n}, {k}), {bits} bits"))
             within = sum(ratio <= 1.05 for ratio, _ in ratios)
             worst, layer = max(ratios)
@@ -100,10 +92,11 @@ def mixed_rows() -> Iterator[str]:
 def layernorm_rows() -> Iterator[str]:
     """A line a model and batch: LayerNorm behind the two GEMMs that write the residual stream."""
     for vit in filter(lambda vit: vit.name in MODELS, VITS):
+        sizes = {name: (n, k) for name, n, k in vit.linears}
         for batch in BATCHES:
             cells = [vit.name, str(batch)]
-            for k in (vit.channels, MLP_RATIO * vit.channels):
-                problem = Problem(batch * vit.tokens, vit.channels, k, 8, False, False)
+            for n, k in (sizes[name] for name in ("proj", "fc2")):
+                problem = Problem(batch * vit.tokens, n, k, 8, False, False)
                 found = fused_layernorm_model.estimate(problem, HOPPER)
                 cells += [f"{found.two_kernels:.1f}", f"{found.fused:.1f} ({found.fused / found.two_kernels:.2f}x)"]
             yield f"| {' | '.join(cells)} |\n"

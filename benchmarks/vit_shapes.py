@@ -32,6 +32,12 @@ class ViTShape:
         """Channels of a head."""
         return self.channels // self.heads
 
+    @property
+    def linears(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, N and K of a block's linear layers."""
+        c = self.channels
+        return ("qkv", 3 * c, c), ("proj", c, c), ("fc1", MLP_RATIO * c, c), ("fc2", c, MLP_RATIO * c)
+
 
 @dataclass(frozen=True)
 class SwinShape:

@@ -361,9 +361,9 @@ def test_the_ways_out_of_a_kernel_are_told_apart() -> None:
     assert graph[0x40].following == (0x60, 0x50)
     direct = cuda_epilogue.best_path(graph, 0, cuda_epilogue.direct_value, 16)
     assert [i.name for i in direct] == ["BRA", "BRA", "STG.E.128", "EXIT"]
-    without_stores = cuda_epilogue.best_path(graph, 0, lambda i: 1 if i.name == "STS" else -5)
+    without_stores = cuda_epilogue.best_path(graph, 0, lambda i: 1 if i.name == "STS" else -5, 0)
     assert [i.name for i in without_stores] == ["BRA", "BRA", "EXIT"]
-    reordered = cuda_epilogue.best_path(graph, 0, lambda i: 2000 * i.name.startswith("STS"))
+    reordered = cuda_epilogue.best_path(graph, 0, lambda i: 2000 * i.name.startswith("STS"), 0)
     assert [i.name for i in reordered] == ["BRA", "STS", "BAR.SYNC", "BRA", "EXIT"]
 
 

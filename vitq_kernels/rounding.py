@@ -44,13 +44,14 @@ def weight_scale(weight: Tensor, row_bits: Tensor) -> Tensor:
 
 def round_to_nearest(weight: Tensor, scale: Tensor, row_bits: Tensor) -> Tensor:
     """``clamp(rint(w / scale))`` per row: float32 [N, K] to int8 [N, K]."""
-    limit = code_limit(row_bits)[:, None]
-    return (weight / scale[:, None]).round_().clamp_(-limit, limit - 1).to(torch.int8)
+    low, high = code_bounds(row_bits)
+    return (weight / scale[:, None]).round_().clamp_(low[:, None], high[:, None]).to(torch.int8)
 
 
-def code_limit(row_bits: Tensor) -> Tensor:
-    """``2^(bits - 1)``: int [N] to float32 [N]."""
-    return (2.0 ** (row_bits.double() - 1)).float()
+def code_bounds(row_bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest code of each row: int [N] to two float32 [N]."""
+    limit = (2.0 ** (row_bits.double() - 1)).float()
+    return -limit, limit - 1
 
 
 def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: float = DAMP) -> Tensor:
@@ -77,8 +78,7 @@ def gptq(weight: Tensor, scale: Tensor, row_bits: Tensor, moment: Tensor, damp: 
     # Transposed: columns are taken one by one, and strided ones took 1.4 to 2.5 times as long.
     work = weight[:, order].t().contiguous()
     codes = torch.empty_like(work, dtype=torch.int8)
-    limit = code_limit(row_bits)
-    low, high = -limit, limit - 1
+    low, high = code_bounds(row_bits)
     for start in range(0, len(work), BLOCK):
         stop = min(start + BLOCK, len(work))
         errors = torch.empty_like(work[start:stop])
@@ -110,8 +110,7 @@ def refine(weight: Tensor, scale: Tensor, row_bits: Tensor, codes: Tensor, momen
     Returns:
         int8 [N, K].
     """
-    limit = code_limit(row_bits)
-    low, high = -limit, limit - 1
+    low, high = code_bounds(row_bits)
     h = damped(moment, DAMP / 10).float()
     codes = codes.float()
     for _ in range(sweeps):
