@@ -10,13 +10,17 @@ from vitq_kernels.ops.cuda.launch import early_starts, gpu_of
 from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Gpu, Problem, asked, candidates, choose, forced, rank
 from vitq_kernels.ops.mma_fragments import place_rows
 
+CODE_OPS = ("linear_codes", "linear_gelu_codes", "linear_gelu_levels")
+
 
 def problem(layer: Layer, gpu: Gpu) -> Problem:
     """As the choice of a plan sees it; 4-bit products where neither side has more bits and the GPU has them."""
     rows = layer.groups.rows
     order, widths = place_rows(layer.groups)
-    native4 = layer.input_bits <= 4 and max(widths) <= 4 and has_4bit_products(gpu)
-    return Problem(layer.m, rows, layer.k, max(widths), order[:rows] != list(range(rows)), native4)
+    widest = max(map(max, widths))
+    native4 = layer.input_bits <= 4 and widest <= 4 and has_4bit_products(gpu)
+    reordered, words = order[:rows] != list(range(rows)), layer.op not in CODE_OPS
+    return Problem(layer.m, rows, layer.k, widest, reordered, native4, words)
 
 
 def has_4bit_products(gpu: Gpu) -> bool:

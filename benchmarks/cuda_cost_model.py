@@ -5,8 +5,8 @@ clocks that each pipe of an SM is busy, as if nothing but it set the pace. No GP
 Rates (CUDA programming guide, throughput of native arithmetic instructions; data sheets for the tensor cores):
 
 - tensor: 4096 int8 products an IMMA.16832, 8192 4-bit ones an IMMA.16864, at the dense peak of the architecture;
-- shared: 128 bytes a clock: LDSM.x4, LDS.128 and the writes of LDGSTS.128 take 4 clocks each (no bank conflicts:
-  tests/test_cuda_compile.py computes the addresses);
+- shared: 128 bytes a clock: LDSM.x4, LDS.128 and the writes of LDGSTS.128 take 4 clocks each, LDS.64 2 and LDS 1 (no
+  bank conflicts: tests/test_cuda_compile.py computes the addresses);
 - ALU (LOP3, SHF, PRMT, IADD3, ...) and FMA pipe (IMAD): 64 lanes a clock each; issue: 4 warp instructions a clock;
 - l2_per_clk: bytes that a step copies, a clock of the tensor cores; `tiles.py` assumes what L2 gives.
 """
@@ -17,14 +17,15 @@ import csv
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_wgmma_model
+from benchmarks import cuda_mixed_loops, cuda_wgmma_model
 from benchmarks.cuda_epilogue import reorder_clocks, tile_of, ways_out
-from benchmarks.cuda_sass import ARCHITECTURES, Kernel, count, extension_path, kernels
-from vitq_kernels.ops.cuda.tiles import STEP_COLS, TILES, WINDOW_ROWS, Tile
+from benchmarks.cuda_sass import ARCHITECTURES, Instruction, Kernel, count, extension_path, kernels
+from vitq_kernels.ops.cuda.tiles import STEP_COLS, TILES, Tile
+from vitq_kernels.spec import MAX_BITS
 
 RESULTS = Path(__file__).parent / "results" / "cuda_cost_model.csv"
 REPORT = Path(__file__).parents[1] / "docs" / "cuda_cost_model.md"
@@ -47,8 +48,8 @@ sm_80 at half the rate of the tensor cores.
 |---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
 WAYS_OUT = """## The outputs' way out, and rows of several widths
 
-Each warp runs the loop of its own group's width, and the barriers keep a tile at the pace of its widest: the loop costs
-what the widest group alone costs. What reordered rows add is the way of the outputs through shared memory. In clocks
+Each warp runs the loop of its own group, and the barriers keep a tile at the pace of its widest: the loop costs what
+the widest rows alone cost (above). What reordered rows add is the way of the outputs through shared memory. In clocks
 of the pipe that sets the pace, on sm_80 (a random order of the rows, whole tiles, no residual; GELU in the shorter of
 its forms): the direct way; the reordered one; what it adds, of the loop's tensor clocks and the direct way together.
 
@@ -61,27 +62,26 @@ tensor cores where it has one block, which is when the tile is chosen.
 """.splitlines()
 TAIL = """
 The clocks are those of a block alone on its SM, as 256x128 is: they are added to the loop's. Where several blocks share
-an SM (256x64, 256x32) they lie under another block's products as far as no pipe is full; the last two columns are the
+an SM (all others) they lie under another block's products as far as no pipe is full; the last two columns are the
 fullest pipe beside the tensor cores at K = 768, 8-bit loop and way out together, in percent of its tensor clocks.
 """.splitlines()
 WEIGHTS_OF_LANE = 128  # of a step of a group: 64 rows x 64 columns / 32 lanes
-SHARED_CLOCKS = 4  # of 16 bytes a lane
 DEPTHS = (768, 3072)
 OUTPUTS = ("codes", "gelu", "real")
 SHOWN = ("256x128", "128x128", "256x64")
 
 
 def width(body: Counter[str]) -> int:
-    """Bits that a loop unpacks: a step of b bits is b chunks of 16 bytes a lane."""
-    return body["LDS.128"]
+    """Bits that a loop unpacks: a step of b bits is 16 b bytes of each lane. More than 8: it unpacks in every way."""
+    return (16 * body["LDS.128"] + 8 * body["LDS.64"] + 4 * body["LDS"]) // 16
 
 
-def main_loops(kernel: Kernel) -> Iterator[Counter[str]]:
-    """The loops that multiply, one for each width."""
+def main_loops(kernel: Kernel) -> Iterator[tuple[Instruction, ...]]:
+    """The loops that multiply: one for each width, and one that asks at each quarter."""
     for loop in kernel.loops():
         body = count(loop)
         if body["LDGSTS.128"] and any(name.startswith("IMMA") for name in body):
-            yield body
+            yield loop
 
 
 def step_row(arch: str, operands: str, tile: Tile, body: Counter[str]) -> dict[str, Any]:
@@ -90,17 +90,17 @@ def step_row(arch: str, operands: str, tile: Tile, body: Counter[str]) -> dict[s
     products = PRODUCTS[arch] * (2 if operands == "s4" else 1)
     depth = 4096 if operands == "s8" else 8192
     total, ldsm = sum(body.values()), body["LDSM.16"]
-    moved = body["LDS.128"] + ldsm + body["LDGSTS.128"]
     clocks = {
         "tensor": imma * warps * depth / products,
-        "shared": moved * warps * SHARED_CLOCKS,
+        "shared": sum(clocks * body[kind] for kind, clocks in cuda_mixed_loops.SHARED_CLOCKS.items()) * warps,
         "alu": body["ALU"] * warps / 2,
         "fma": body["FMA"] * warps / 2,
         "issue": total * warps / 4,
     }
     bound = max(clocks, key=lambda pipe: clocks[pipe])
     after = max((pipe for pipe in PIPES if pipe != "tensor"), key=lambda pipe: clocks[pipe])
-    counts = (imma, body["LDS.128"], ldsm, body["LDGSTS.128"], body["ALU"], body["FMA"], total)
+    lds = body["LDS.128"] + body["LDS.64"] + body["LDS"]
+    counts = (imma, lds, ldsm, body["LDGSTS.128"], body["ALU"], body["FMA"], total)
     row = (arch, operands, f"{tile.rows}x{tile.tokens}", width(body), *counts, *(round(clocks[p], 1) for p in PIPES))
     pct = round(100 * clocks[after] / clocks["tensor"], 1)
     l2_per_clk = round(tile.step_bytes(width(body)) / clocks["tensor"], 1)
@@ -108,15 +108,14 @@ def step_row(arch: str, operands: str, tile: Tile, body: Counter[str]) -> dict[s
 
 
 def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
-    """Every loop of the kernels with the plain epilogue; the loops of the others are the same source."""
+    """Every loop of one width of the kernels with the plain epilogue; the loops of the others are the same source."""
     found = []
     for kernel in listing:
-        match = re.match(r"gemm_kernel<codes, (s\d), (\d+)x(\d+)>", kernel.name)
-        if match is None or (match.group(1) == "s4" and kernel.arch == "sm_90a"):
+        operands, tile = plain_gemm(kernel) or ("", None)
+        if tile is None:
             continue
-        size = int(match.group(2)), int(match.group(3))
-        tile = next(t for t in TILES if not t.wgmma and (t.rows, t.tokens) == size)
-        steps = [step_row(kernel.arch, match.group(1), tile, body) for body in main_loops(kernel)]
+        bodies = (count(loop) for loop in main_loops(kernel))
+        steps = [step_row(kernel.arch, operands, tile, body) for body in bodies if width(body) <= MAX_BITS]
         plain = max(steps, key=lambda row: row["bits"])  # unpacks nothing
         for row in steps:
             saved = row["instructions"] - row["lds"] - (plain["instructions"] - plain["lds"])
@@ -125,12 +124,39 @@ def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
     return found
 
 
+def plain_gemm(kernel: Kernel) -> tuple[str, Tile] | None:
+    """Operands and tile of a GEMM with the plain epilogue, None for others and where the architecture has none."""
+    match = re.match(r"gemm_kernel<codes, (s\d), (\d+)x(\d+)>", kernel.name)
+    if match is None or (match.group(1) == "s4" and kernel.arch == "sm_90a"):
+        return None
+    size = int(match.group(2)), int(match.group(3))
+    return match.group(1), next(t for t in TILES if not t.wgmma and (t.rows, t.tokens) == size)
+
+
+def mixed(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[str]:
+    """A line each on the loops that ask at each quarter."""
+    lines = []
+    for kernel in listing:
+        operands, tile = plain_gemm(kernel) or ("", None)
+        if tile is None:
+            continue
+        (loop,) = (loop for loop in main_loops(kernel) if width(count(loop)) > MAX_BITS)
+        size, warps = f"{tile.rows}x{tile.tokens}", tile.threads // 32
+        same = [r for r in table if (r["arch"], r["operands"], r["tile"]) == (kernel.arch, operands, size)]
+        widest = max(same, key=lambda row: row["bits"])
+        alone = {pipe: widest[f"{pipe}_clk"] for pipe in PIPES}
+        turn = cuda_mixed_loops.costliest(kernel, loop)
+        bound = {pipe: clocks * warps for pipe, clocks in turn.items()} | {"tensor": alone["tensor"]}
+        lines.append(cuda_mixed_loops.row(kernel.arch, operands, size, bound, alone))
+    return lines
+
+
 def ways(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[dict[str, Any]]:
-    """What the outputs' way out costs in tiles of 256 rows: by epilogue, direct and reordered, beside 8-bit loops."""
+    """What the outputs' way out costs: by epilogue, direct and reordered, beside 8-bit loops."""
     found = []
     for kernel in listing:
         epilogue, tile = tile_of(kernel) or ("", None)
-        if tile is None or tile.rows != WINDOW_ROWS or epilogue not in OUTPUTS:
+        if tile is None or epilogue not in OUTPUTS:
             continue
         size = f"{tile.rows}x{tile.tokens}"
         wanted = (kernel.arch, "s8", size, 8)
@@ -149,15 +175,12 @@ def ways(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[dict[st
                 fullest = max(busy, key=lambda pipe: busy[pipe])
                 way[f"{name}_{depth}"] = f"{fullest} {100 * busy[fullest] / loop:.0f} %"
         found.append(way)
-    return sorted(found, key=lambda way: (way["outputs"], -tokens_of(way["tile"])))
+    return sorted(found, key=lambda way: (way["outputs"], *(-int(n) for n in way["tile"].split("x"))))
 
 
-def tokens_of(tile: str) -> int:
-    """Of 256x128, 128."""
-    return int(tile.split("x")[1])
-
-
-def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]], hopper: list[str]) -> str:
+def report(
+    table: list[dict[str, Any]], mixed_lines: list[str], way_rows: list[dict[str, Any]], hopper: list[str]
+) -> str:
     """The page of docs/."""
     lines = [*HEAD]
     for row in table:
@@ -172,13 +195,21 @@ def report(table: list[dict[str, Any]], way_rows: list[dict[str, Any]], hopper: 
     lines += ["", f"W8A8 loops in which another pipe exceeds 90 % of the tensor cores: {named}.", *FEW_TOKENS]
     bound = [r for r in table if r["bound"] != "tensor" and r["tile"] in SHOWN]
     named = ", ".join(f"{r['operands']} {r['tile']} w{r['bits']} on {r['arch']} ({r['bound']})" for r in bound)
-    lines += ["", f"Loops of the table that the tensor cores do not bound: {named or 'none'}.", "", *WAYS_OUT]
+    lines += ["", f"Loops of the table that the tensor cores do not bound: {named or 'none'}."]
+    lines += [*cuda_mixed_loops.HEAD, *mixed_lines, "", *WAYS_OUT]
     for way in way_rows:
         adds = [f"{way[f'adds_{depth}_pct']:g} %" for depth in DEPTHS]
         cells = (way["tile"], way["outputs"], f"{way['direct']:g}", f"{way['reordered']:g}", *adds)
         full = (way[f"{name}_{DEPTHS[0]}"] for name in ("direct", "reordered"))
         lines.append(f"| {' | '.join((*cells, *full))} |")
     return "\n".join([*lines, *TAIL, "", *hopper])
+
+
+def page(table: list[dict[str, Any]], listings: Mapping[str, list[Kernel]]) -> str:
+    """The page of docs/, of the kernels of each architecture."""
+    asking = [line for arch in ("sm_80", "sm_90a") for line in mixed(table, listings[arch])]
+    asking += cuda_wgmma_model.mixed(listings["sm_90a"])
+    return report(table, asking, ways(table, listings["sm_80"]), cuda_wgmma_model.report(listings["sm_90a"]))
 
 
 def main() -> None:
@@ -192,7 +223,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    text = report(table, ways(table, listings["sm_80"]), cuda_wgmma_model.report(listings["sm_90a"]))
+    text = page(table, listings)
     REPORT.write_text(text, encoding="utf-8")
     print(f"{RESULTS}: {len(table)} rows; {REPORT}")
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.cuda_sass import Instruction, Kernel, count
-from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, TILES, WINDOW_ROWS, Tile
-from vitq_kernels.ops.mma_fragments import bank_quarter, place_rows
+from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, TILES, Tile
+from vitq_kernels.ops.mma_fragments import QUARTERS, bank_quarter, place_rows
 from vitq_kernels.spec import RowGroups
 
 SCALAR_STORES = ("STG.E", "STG.E.U8", "STG.E.U16")
@@ -195,12 +195,18 @@ def staged_offset(row: int) -> int:
 def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> int:
     """Clocks of shared memory that a tile's reordered outputs take, bank conflicts included.
 
-    As store_through_shared and store_staged of csrc/gemm_store.cuh access it; the rows are those of a layer of 256 rows
-    whose halves of 8 and 4 bits lie at random.
+    As store_through_shared and store_staged of csrc/gemm_store.cuh access it; the rows are those of a layer whose
+    groups have half of their rows, at random, of 8 bits and half of 4.
     """
-    shuffled = tuple(random.Random(seed).sample(range(WINDOW_ROWS), WINDOW_ROWS))
-    order, _ = place_rows(RowGroups(WINDOW_ROWS, (8, 8, 4, 4), GROUP_ROWS, shuffled))
-    return sum(bank_clocks(access) for access in accesses(tile, order, words))
+    return sum(bank_clocks(access) for access in accesses(tile, shuffled_order(tile.rows, seed), words))
+
+
+def shuffled_order(rows: int, seed: int) -> list[int]:
+    """The stored order of rows of which half of every group, at random, have 8 bits and half 4."""
+    chance = random.Random(seed)
+    rows_of = [chance.sample(range(first, first + GROUP_ROWS), GROUP_ROWS) for first in range(0, rows, GROUP_ROWS)]
+    bits = (8, 8, 4, 4) * len(rows_of)
+    return place_rows(RowGroups(rows, bits, GROUP_ROWS // QUARTERS, tuple(itertools.chain(*rows_of))))[0]
 
 
 def accesses(tile: Tile, order: list[int], words: bool) -> Iterator[list[tuple[int, int]]]:
@@ -253,7 +259,7 @@ def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:
 
 
 def _jumps(instruction: Instruction) -> bool:
-    return instruction.name.split(".")[0] in ("BRA", "EXIT", "RET") or _calls(instruction) is not None
+    return instruction.name.split(".")[0] in ("BRA", "BRX", "EXIT", "RET") or _calls(instruction) is not None
 
 
 def _calls(instruction: Instruction) -> int | None:

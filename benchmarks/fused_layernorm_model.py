@@ -18,7 +18,6 @@ from vitq_kernels.ops.cuda.tiles import (
     LAUNCH_US,
     MEETING_CLOCKS,
     TILES,
-    WINDOW_ROWS,
     Gpu,
     Problem,
     Tile,
@@ -42,7 +41,7 @@ class Estimate:
 def estimate(problem: Problem, gpu: Gpu) -> Estimate:
     """By the model at the head of ``tiles.py``, the best tile on either side; 8 blocks hold up to 1024 rows."""
     layernorm_us = LAUNCH_US + LAYERNORM_BYTES * problem.tokens * problem.rows / LAYERNORM_GBPS / 1e3
-    fused = min(_fused_us(tile, problem, gpu) for tile in TILES if tile.wgmma and tile.rows < WINDOW_ROWS)
+    fused = min(_fused_us(tile, problem, gpu) for tile in TILES if tile.wgmma)
     return Estimate(rank(problem, gpu)[0][1] + layernorm_us, fused)
 
 

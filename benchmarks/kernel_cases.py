@@ -5,7 +5,9 @@ A case is plain data, so that a process that compiles can have it. Its ``build``
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +32,9 @@ from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
 from benchmarks.row_cases import SEED, PatchCase, RowCase
 from vitq_kernels.packing import pack_weight, unpack_weight
 from vitq_kernels.roofline import Work
-from vitq_kernels.spec import QuantFormat, RowGroups
+from vitq_kernels.spec import GROUP_ROWS, QuantFormat, RowGroups
 
-MIXED = (6, 3, 4)  # widths of a mixed layer's windows, in turn; the widest first
+MIXED = (6, 3, 4)  # widths of a mixed layer's groups, in turn; the widest first
 GELU_LEVELS = 16  # as a 4-bit codebook has
 REAL_OPS = ("linear_real", "linear_per_token")  # their outputs are float16
 
@@ -47,7 +49,7 @@ class LinearCase:
     m: int
     n: int
     k: int
-    widths: tuple[int, ...]  # of windows of 128 rows, in turn
+    widths: tuple[int, ...]  # of groups of 16 rows, in turn
     # The whole range; "gaussian": bell-shaped codes; "one_sided": activations in 64..127; "four_bit": in -8..7.
     data: str = "uniform"
 
@@ -58,9 +60,13 @@ class LinearCase:
 
     @property
     def groups(self) -> RowGroups:
-        """The widths of the rows."""
-        count = sum(-(-min(256, self.n - tile) // 128) for tile in range(0, self.n, 256))
-        return RowGroups(self.n, tuple(self.widths[i % len(self.widths)] for i in range(count)), 128)
+        """The widths of the rows: as ``allocate`` gives them, at random inside every 64."""
+        chance, order = random.Random(SEED), []
+        for first in range(0, self.n, 4 * GROUP_ROWS):
+            rows = range(first, min(first + 4 * GROUP_ROWS, self.n))
+            order += chance.sample(rows, len(rows))
+        widths = itertools.islice(itertools.cycle(self.widths), -(-self.n // GROUP_ROWS))
+        return RowGroups(self.n, tuple(widths), GROUP_ROWS, tuple(order))
 
     @property
     def layer(self) -> Layer:

@@ -35,18 +35,19 @@ DELAY_CLOCKS = 20_000_000  # about 10 ms on the stream, so that whoever does not
 TILE_UNIFORM = RowGroups.uniform(768, 4)
 
 
-def _mixed(widths: Sequence[int]) -> RowGroups:
-    return RowGroups(1000, tuple(itertools.islice(itertools.cycle(widths), 16)), 64)
+def _mixed(widths: Sequence[int], group_rows: int) -> RowGroups:
+    count = 1024 // group_rows  # the last tile's last group is shorter
+    return RowGroups(1000, tuple(itertools.islice(itertools.cycle(widths), count)), group_rows)
 
 
-# Layers on which every tile is tried, with the kind of their codes. Mixed: windows of widths 3, 6, 4 and rows of
-# several widths inside them, which a layout may store in another order; "in order": from the widest to the narrowest.
+# Layers on which every tile is tried, with the kind of their codes. Mixed: windows of 128 rows of at most 3, 6, 4 bits
+# and rows of several widths inside every 64, which a layout may store in another order; "in order": one width in each.
 TILE_SHAPES = {
-    "mixed": (Layer(197, 1328, _mixed((3, 2, 6, 4, 4, 3))), "extreme"),
+    "mixed": (Layer(197, 1328, _mixed((3, 2, 2, 3, 6, 4, 3, 6, 4, 3, 2, 4), 32)), "extreme"),
     "uniform": (Layer(197, 3072, TILE_UNIFORM), "one_sided"),
-    "mixed in order": (Layer(197, 1328, _mixed((6, 4, 3, 2))), "extreme"),
+    "mixed in order": (Layer(197, 1328, _mixed((6, 4, 3, 2), 64)), "extreme"),
     "4 bits": (Layer(197, 3072, TILE_UNIFORM, input_bits=4), "one_sided"),
-    "mixed, 4 bits": (Layer(197, 1328, _mixed((3, 2, 4, 4)), input_bits=4), "extreme"),
+    "mixed, 4 bits": (Layer(197, 1328, _mixed((3, 2, 4, 4), 32), input_bits=4), "extreme"),
 }
 Task = tuple[str, Any]  # which check, and of what
 # Runs a function on tasks, leaves so many seconds, and yields (task, what was wrong) of those that came in time.

@@ -2,7 +2,7 @@
 //
 // Computes    acc[t, n] = sum_k a[t, k] * w[n, k], then an epilogue of epilogue.cuh.
 // Layouts     a int8 [tokens, K], rows at multiples of 16 bytes; weights as weights.cuh says, groups of 64 rows, each
-//             of its own width; out [tokens, N] row-major, in the model's row order.
+//             quarter of its own width; out [tokens, N] row-major, in the model's row order.
 // Work split  A block computes a tile of row_warps * 64 rows times token_warps * kTokenFragments * 16 tokens; a warp 64
 //             rows (one group) times its tokens. Tokens are the M operand of the mma, weights the N operand. Blocks run
 //             over the tiles of rows first, which share the tokens in L2. grid.z: parts of K, whose sums
@@ -11,15 +11,12 @@
 //             of 128 bytes, two tokens a line, the 16-byte chunk c of line l at chunk c ^ (l % 4): ldmatrix and the
 //             copies are free of bank conflicts. Weights lie as in global memory: a lane reads back its own 16 bytes.
 // Row order   A lane ends with 16 consecutive stored rows of consecutive tokens: 16-byte stores of codes, no exchange.
-//             Where groups of several widths reorder the rows of a window of 256, outputs pass through shared memory:
-//             a tile of 256 rows is the window and stores as wide, a smaller one element by element (gemm_store.cuh).
-// Widths      Warps of a tile run the loop of their own group's width, in step through the barriers: a tile takes as
-//             long as its widest group.
+//             Where quarters of several widths reorder the rows of groups, outputs pass through shared memory.
+// Widths      A warp whose group has one width runs the loop of that width, else one that asks at each quarter; all in
+//             step through the barriers: a tile takes as long as its widest group.
 // Exactness   int32 sums are exact: |a * w * 2^(8 - bits)| <= 2^14, K < 2^17.
 // Source      design.md S2; vitq_kernels/ops/reference.py; fragment layouts: PTX ISA 9.7.14.5.
 #pragma once
-
-#include <type_traits>
 
 #include "gemm_sm80_store.cuh"
 #include "launch.cuh"
@@ -42,10 +39,11 @@ struct Pipeline {
   const int8_t* token_source;               // 16 bytes of the first of its tokens
   int token_stride;
   const uint8_t* group_source;  // 16 bytes of its warp's group
+  int step_chunks;              // of its group
   int tokens_left, columns, token_warp;
 
   __device__ __forceinline__ Pipeline(const GemmArguments& with, unsigned char* shared, int first_step, int end_step,
-                                      int first_token, int row_warp, int its_token_warp, int bits, int first_chunk)
+                                      int first_token, int row_warp, int its_token_warp, Widths widths, int first_chunk)
       : stages(shared),
         stage_size(stage_bytes<T>(with.weight.widest)),
         last_step(end_step),
@@ -54,10 +52,12 @@ struct Pipeline {
         read_stage(0),
         write_stage(0),
         token_target(token_offset(threadIdx.x / 4, threadIdx.x % 4)),
-        group_target(T::kTokenBytes + row_warp * with.weight.widest * kChunkBytes + lane_index() * 16),
+        group_target(T::kTokenBytes + row_warp * kQuarters * with.weight.widest * kChunkBytes + lane_index() * 16),
         token_source(with.a + (first_token + token_at<T>(threadIdx.x / 4)) * with.a_stride + column),
         token_stride(static_cast<int>(with.a_stride)),
-        group_source(with.weight.chunks + (first_chunk + int64_t{first_step} * bits) * kChunkBytes + lane_index() * 16),
+        group_source(with.weight.chunks + (first_chunk + int64_t{first_step} * widths.chunks()) * kChunkBytes +
+                     lane_index() * 16),
+        step_chunks(widths.chunks()),
         tokens_left(with.tokens - first_token - token_at<T>(threadIdx.x / 4)),
         columns(with.columns),
         token_warp(its_token_warp) {}
@@ -81,14 +81,17 @@ struct Pipeline {
         copy_async_16(target + token_target + i * kStepColumns, token_source + int64_t{further} * token_stride,
                       inside ? 16 : 0);
       }
+      constexpr int kMost = kBits == Widths::kMixed ? 8 : kBits, kCopied = 512;  // bytes that a warp copies at a time
 #pragma unroll
-      for (int c = 0; c < kBits; c += T::kTokenWarps) {
-        const int offset = (c + token_warp) * kChunkBytes;
-        if (c + T::kTokenWarps <= kBits || c + token_warp < kBits) {
-          copy_async_16(target + group_target + offset, group_source + offset);
-        }
+      for (int c = 0; c < kMost; c += T::kTokenWarps) {
+        const int offset = (c + token_warp) * kCopied;
+        const bool inside = kBits == Widths::kMixed
+                                ? offset + static_cast<int>(lane_index()) * 16 < step_chunks * kChunkBytes
+                                : c + T::kTokenWarps <= kBits || c + token_warp < kBits;
+        if (inside) copy_async_16(target + group_target + offset, group_source + offset);
       }
-      token_source += kStepColumns, column += kStepColumns, group_source += kBits * kChunkBytes, ++step;
+      token_source += kStepColumns, column += kStepColumns, ++step;
+      group_source += (kBits == Widths::kMixed ? step_chunks : kQuarters * kBits) * kChunkBytes;
       write_stage = next(write_stage);
     }
     commit_copies();
@@ -102,7 +105,7 @@ struct Pipeline {
 // One step of a warp: its tokens times its group.
 template <int kBits, bool kNative4, int kTokenFragments>
 __device__ __forceinline__ void multiply_step(Accumulators<kTokenFragments>& acc, const unsigned char* tokens,
-                                              const unsigned char* chunks_of_lane) {
+                                              const unsigned char* chunks, Widths widths) {
   uint32_t a[kTokenFragments][2][4];
 #pragma unroll
   for (int m = 0; m < kTokenFragments; ++m) {
@@ -110,23 +113,6 @@ __device__ __forceinline__ void multiply_step(Accumulators<kTokenFragments>& acc
     load_matrices(a[m][0], tokens + token_offset(token, chunk));
     load_matrices(a[m][1], tokens + token_offset(token, chunk + 2));
   }
-  WeightStep<kBits> weights(chunks_of_lane);
-  const auto fragment = [&](auto index) {
-    constexpr int j = decltype(index)::value;
-    weights.template advance<j>();
-    if constexpr (kNative4) {
-      const uint32_t b0 = weights.template nibbles<4 * j>(), b1 = weights.template nibbles<4 * j + 2>();
-#pragma unroll
-      for (int m = 0; m < kTokenFragments; ++m) mma_s4(acc[m][j], a[m][0], b0, b1);
-    } else {
-      const uint32_t b[4] = {weights.template bytes<4 * j>(), weights.template bytes<4 * j + 1>(),
-                             weights.template bytes<4 * j + 2>(), weights.template bytes<4 * j + 3>()};
-#pragma unroll
-      for (int m = 0; m < kTokenFragments; ++m) mma_s8(acc[m][j], a[m][0], b[0], b[1]);
-#pragma unroll
-      for (int m = 0; m < kTokenFragments; ++m) mma_s8(acc[m][j], a[m][1], b[2], b[3]);
-    }
-  };
   if constexpr (kNative4) {
     // Codes of 4 bits in bytes to nibbles, paired as the weights': the first register of an mma of bytes in the upper.
 #pragma unroll
@@ -141,32 +127,47 @@ __device__ __forceinline__ void multiply_step(Accumulators<kTokenFragments>& acc
       for (int i = 0; i < 4; ++i) a[m][0][i] = packed[i];
     }
   }
-  fragment(std::integral_constant<int, 0>());
-  fragment(std::integral_constant<int, 1>());
-  fragment(std::integral_constant<int, 2>());
-  fragment(std::integral_constant<int, 3>());
-  fragment(std::integral_constant<int, 4>());
-  fragment(std::integral_constant<int, 5>());
-  fragment(std::integral_constant<int, 6>());
-  fragment(std::integral_constant<int, 7>());
+#pragma unroll
+  for (int quarter = 0; quarter < kQuarters; ++quarter) {
+    QuarterRegisters<kNative4> b;
+    if constexpr (kBits == Widths::kMixed) {
+      unpack_quarter<kNative4>(widths.of(quarter), chunks, b);
+      chunks += widths.of(quarter) * kChunkBytes;
+    } else {
+      unpack_quarter<kBits, kNative4>(chunks + quarter * kBits * kChunkBytes, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int j = 2 * quarter + i;
+      if constexpr (kNative4) {
+#pragma unroll
+        for (int m = 0; m < kTokenFragments; ++m) mma_s4(acc[m][j], a[m][0], b[2 * i], b[2 * i + 1]);
+      } else {
+#pragma unroll
+        for (int m = 0; m < kTokenFragments; ++m) mma_s8(acc[m][j], a[m][0], b[4 * i], b[4 * i + 1]);
+#pragma unroll
+        for (int m = 0; m < kTokenFragments; ++m) mma_s8(acc[m][j], a[m][1], b[4 * i + 2], b[4 * i + 3]);
+      }
+    }
+  }
 }
 
-// All steps of a warp whose group has kBits; 0: it has no group, and only copies tokens.
+// All steps of a warp whose group has kBits, or kMixed; 0: it has no group, and only copies tokens.
 template <int kBits, bool kNative4, class T>
 __device__ __forceinline__ void multiply(Accumulators<T::kTokenFragments>& acc, Pipeline<T> pipeline, int row_warp,
-                                         int widest) {
+                                         int widest, Widths widths) {
   const int steps = pipeline.last_step - pipeline.step;
   const int tokens = pipeline.token_warp * T::kWarpTokens * kStepColumns;
-  const int chunks = T::kTokenBytes + row_warp * widest * kChunkBytes + lane_index() * 16;
+  const int chunks = T::kTokenBytes + row_warp * kQuarters * widest * kChunkBytes;
 #pragma unroll
   for (int s = 0; s < T::kStages - 1; ++s) pipeline.template load<kBits>();
   for (int i = 0; i < steps; ++i) {
     wait_copies<T::kStages - 2>();
     VITQ_BARRIER();  // the step's bytes are there; and all warps have left the stage that is loaded now
     pipeline.template load<kBits>();
-    if constexpr (kBits > 0) {
+    if constexpr (kBits != 0) {
       const unsigned char* stage = pipeline.stages + pipeline.read_stage;
-      multiply_step<kBits, kNative4, T::kTokenFragments>(acc, stage + tokens, stage + chunks);
+      multiply_step<kBits, kNative4, T::kTokenFragments>(acc, stage + tokens, stage + chunks, widths);
     }
     pipeline.read_stage = pipeline.next(pipeline.read_stage);
   }
@@ -190,18 +191,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(const Gem
   stage_vectors<kKind, T>(with, first_row, vectors);
 
   const bool present = group < with.weight.group_count;
-  const int bits = present ? with.weight.groups[2 * group] : 0;
+  const Widths widths{present ? static_cast<uint32_t>(with.weight.groups[2 * group]) : 0};
   const int first_chunk = present ? with.weight.groups[2 * group + 1] : 0;
   const int64_t steps = with.weight.steps, parts = gridDim.z, part = blockIdx.z;
   const Pipeline<T> pipeline(with, stages, static_cast<int>(steps * part / parts),
-                             static_cast<int>(steps * (part + 1) / parts), first_token, row_warp, token_warp, bits,
+                             static_cast<int>(steps * (part + 1) / parts), first_token, row_warp, token_warp, widths,
                              first_chunk);
   Accumulators<T::kTokenFragments> acc = {};
-#define VITQ_WIDTH(width)                                                   \
-  case width:                                                               \
-    multiply<width, kNative4>(acc, pipeline, row_warp, with.weight.widest); \
+#define VITQ_WIDTH(width)                                                           \
+  case width:                                                                       \
+    multiply<width, kNative4>(acc, pipeline, row_warp, with.weight.widest, widths); \
     break;
+  const int bits = widths.only();
   switch (bits) {
+    VITQ_WIDTH(Widths::kMixed)
     VITQ_WIDTH(0)
     VITQ_WIDTH(2)
     VITQ_WIDTH(3)
@@ -217,13 +220,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(const Gem
       }
   }
 #undef VITQ_WIDTH
-  const int shift = (kNative4 ? 4 : 8) - bits;
   const int lane = lane_index(), at = row_warp * kGroupRows + lane % 4 * 2 * kRun;
   const int its_token = first_token + token_warp * T::kWarpTokens + lane / 4 * 2 * T::kTokenFragments;
   const bool staged = is_staged(with);
   void* to = output_of<kKind>(with, blockIdx.z);
   Outputs<kKind, T> out;
-  finish<kKind, T>(with, acc, vectors, at, its_token, shift, staged, out);
+  finish<kKind, kNative4, T>(with, acc, vectors, at, its_token, widths, staged, out);
   if (staged) {
     store_through_shared<kKind, T>(with, out, vectors + kVectors * T::kRows + at, stages, first_row, first_token, to);
   } else {

@@ -9,10 +9,8 @@ namespace vitq {
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void stage_vectors(const GemmArguments& with, int first_row, int32_t* shared) {
   for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
-    const int stored = first_row + i;
-    const bool reordered = with.weight.order != nullptr && stored < kGroupRows * with.weight.group_count;
-    const int row = reordered ? with.weight.order[stored] : stored;
-    shared[kVectors * T::kRows + i] = staged_offset(T::kRows == kWindowRows ? row - first_row : i);
+    const int row = model_row(with, first_row + i);
+    shared[kVectors * T::kRows + i] = staged_offset(row - first_row);
     if constexpr (kKind != Epilogue::kPartial) {
       float multiplier, zero, inv_scale;
       int32_t bias;
@@ -44,20 +42,23 @@ __device__ __forceinline__ void read_run(const int32_t* shared, int at, RunVecto
 // A lane's accumulators: token_at's tokens of its fragment rows lane / 4 + 8 h + 16 m, rows 16 (lane % 4) + 2 j + c of
 // the group, at [m][j][2 h + c]. Takes the run `half` (fragments 4 half .. + 3) of token 2 m + h of the lane, without
 // the weights' left alignment.
-template <int kTokenFragments>
-__device__ __forceinline__ void take_run(const Accumulators<kTokenFragments>& acc, int token, int half, int shift,
+template <bool kNative4, int kTokenFragments>
+__device__ __forceinline__ void take_run(const Accumulators<kTokenFragments>& acc, int token, int half, Widths widths,
                                          int32_t (&run)[kRun]) {
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) run[i] = acc[token / 2][4 * half + i / 2][2 * (token % 2) + i % 2] >> shift;
+  for (int i = 0; i < kRun; ++i) {
+    const int fragment = 4 * half + i / 2, shift = (kNative4 ? 4 : 8) - widths.of(fragment / 2);
+    run[i] = acc[token / 2][fragment][2 * (token % 2) + i % 2] >> shift;
+  }
 }
 
 // What rescale makes of a run of one token.
-template <Epilogue kKind, class T>
+template <Epilogue kKind, bool kNative4, class T>
 __device__ __forceinline__ void finish_run(const GemmArguments& with, const Accumulators<T::kTokenFragments>& acc,
-                                           const RunVectors& vectors, int first_token, int token, int half, int shift,
-                                           uint32_t (&word)[kRun]) {
+                                           const RunVectors& vectors, int first_token, int token, int half,
+                                           Widths widths, uint32_t (&word)[kRun]) {
   int32_t sums[kRun];
-  take_run<T::kTokenFragments>(acc, token, half, shift, sums);
+  take_run<kNative4, T::kTokenFragments>(acc, token, half, widths, sums);
   const auto scale_of = [&](int) {
     return first_token + token < with.tokens ? with.epilogue.token_scale[first_token + token] : 0.0f;
   };
@@ -69,9 +70,9 @@ __device__ __forceinline__ void finish_run(const GemmArguments& with, const Accu
 template <Epilogue kKind, class T>
 using Outputs = uint32_t[2 * T::kTokenFragments * 2 * kRun * staged_element(kKind) / 4];
 
-template <Epilogue kKind, class T>
+template <Epilogue kKind, bool kNative4, class T>
 __device__ __forceinline__ void finish(const GemmArguments& with, const Accumulators<T::kTokenFragments>& acc,
-                                       const int32_t* vectors, int at, int first_token, int shift, bool staged,
+                                       const int32_t* vectors, int at, int first_token, Widths widths, bool staged,
                                        Outputs<kKind, T>& out) {
   constexpr int kFours = T::kTokenFragments / 2;
 #pragma unroll
@@ -83,7 +84,7 @@ __device__ __forceinline__ void finish(const GemmArguments& with, const Accumula
       uint32_t word[4][kRun];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        finish_run<kKind, T>(with, acc, run, first_token, 4 * four + i, half, shift, word[i]);
+        finish_run<kKind, kNative4, T>(with, acc, run, first_token, 4 * four + i, half, widths, word[i]);
       }
       if constexpr (staged_element(kKind) == 4) {
 #pragma unroll

@@ -4,7 +4,8 @@
 //             those of gemm_sm80.cuh; the weights' layout is the same.
 // Roles       The operands are swapped: a group of 64 weight rows is the M operand, unpacked from shared memory into
 //             registers, tokens are the N operand. A worker warpgroup computes one group times all tokens of the tile.
-//             One thread of the last warpgroup loads; it runs ahead, into the next tile while the workers store.
+//             One thread of the last warpgroup loads; it runs ahead, into the next tile while the workers store. A warp's
+//             16 rows are a quarter of the group, of its own width: where there are several, each warp asks at each step.
 // Pipeline    kStages stages of 128 columns, each with a barrier "full" (the bytes are there) and "empty" (all warps have
 //             left). Tokens come as a box of a tensor map, swizzled, with zeros beyond the matrix; a group's step is one
 //             bulk copy.
@@ -22,22 +23,19 @@
 namespace vitq {
 
 // Which tiles come in which turn of a cluster; rows first, so that clusters beside each other share tokens in L2. A
-// cluster is the blocks that share tokens or weights times the parts of K; with several parts it has one turn.
+// cluster is the blocks that share tokens times the parts of K; with several parts it has one turn.
 struct TileOrder {
   int row_tiles, token_tiles;
   int part_bits;  // parts are a power of two, so that nothing divides by them
 
   template <class T>
   static __host__ __device__ TileOrder of(const GemmArguments& with, int parts) {
-    constexpr int kRows = T::kRows * T::kClusterRows, kTokens = T::kTokens * T::kClusterTokens;
-    return {(with.rows + kRows - 1) / kRows, (with.tokens + kTokens - 1) / kTokens,
+    constexpr int kRows = T::kRows * T::kCluster;
+    return {(with.rows + kRows - 1) / kRows, (with.tokens + T::kTokens - 1) / T::kTokens,
             parts / 2};  // of 1, 2 and 4 the logarithm
   }
   __host__ __device__ int count() const { return row_tiles * token_tiles; }
-  template <class T>
-  __device__ bool in_parts() const {
-    return T::kMostParts > 1 && part_bits > 0;
-  }
+  __device__ bool in_parts() const { return part_bits > 0; }
 };
 
 // What a block does in the cluster.
@@ -46,11 +44,11 @@ struct Member {
   int rank, part;
 
   __device__ __forceinline__ explicit Member(const TileOrder& order) : rank(0), part(0) {
-    if (T::kCluster > 1 || order.in_parts<T>()) rank = static_cast<int>(cluster_rank());
-    if (T::kMostParts > 1) part = rank / T::kCluster;
+    if (T::kCluster > 1 || order.in_parts()) rank = static_cast<int>(cluster_rank());
+    part = rank / T::kCluster;
   }
   // Among those that share.
-  __device__ int place() const { return T::kMostParts > 1 ? rank % T::kCluster : rank; }
+  __device__ int place() const { return rank % T::kCluster; }
   __device__ unsigned first_sharer() const { return static_cast<unsigned>(part * T::kCluster); }
   __device__ unsigned sharers() const { return ((1u << T::kCluster) - 1) << first_sharer(); }
 };
@@ -62,8 +60,8 @@ struct TilePlace {
 
   __device__ TilePlace(const TileOrder& order, const Member<T>& member, int tile, int steps) {
     const int slices = (steps + kStepsOfStage - 1) / kStepsOfStage;
-    row = tile % order.row_tiles * T::kClusterRows + (T::kSharesWeights ? 0 : member.place());
-    token = tile / order.row_tiles * T::kClusterTokens + (T::kSharesWeights ? member.place() : 0);
+    row = tile % order.row_tiles * T::kCluster + member.place();
+    token = tile / order.row_tiles;
     slice = slices * member.part >> order.part_bits;
     end_slice = slices * (member.part + 1) >> order.part_bits;
   }
@@ -85,7 +83,7 @@ struct Ring {
     return shared_memory() + kBarrierBytes + stage * wgmma_stage_bytes<T>(widest);
   }
   __device__ unsigned char* chunks(int worker) const {
-    return tokens() + T::kTokenBytes + worker * kStepsOfStage * widest * kChunkBytes;
+    return tokens() + T::kTokenBytes + worker * kStepsOfStage * kQuarters * widest * kChunkBytes;
   }
 };
 
@@ -99,46 +97,35 @@ __device__ __forceinline__ int turns(const TileOrder& order) {
   return static_cast<int>(gridDim.x) / T::kCluster >> order.part_bits;
 }
 
-// The groups that a block's workers multiply, as the loading thread sees them: those that it brings, to all blocks that
-// share them, and the bits of all.
+// The groups that a block's workers multiply, as the loading thread sees them: chunks of a step, and the first one.
 template <class T>
 struct Groups {
-  static constexpr int kShares = T::kSharesWeights ? T::kCluster : 1, kOwn = T::kWorkers / kShares;
-  int bits[kOwn], first_chunk[kOwn], bits_together = 0, first_worker;
+  int step_chunks[T::kWorkers], first_chunk[T::kWorkers];
 
-  __device__ __forceinline__ Groups(const LinearWeight& weight, const Member<T>& member, int row_tile)
-      : first_worker(T::kSharesWeights ? member.place() : 0) {
-    const auto present = [&](int group) { return group < weight.group_count; };
+  __device__ __forceinline__ Groups(const LinearWeight& weight, int row_tile) {
 #pragma unroll
     for (int worker = 0; worker < T::kWorkers; ++worker) {
       const int group = row_tile * T::kWorkers + worker;
-      bits_together += present(group) ? weight.groups[2 * group] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int group = row_tile * T::kWorkers + first_worker + i * kShares;
-      bits[i] = present(group) ? weight.groups[2 * group] : 0;
-      first_chunk[i] = present(group) ? weight.groups[2 * group + 1] : 0;
+      const bool present = group < weight.group_count;
+      step_chunks[worker] = present ? Widths{static_cast<uint32_t>(weight.groups[2 * group])}.chunks() : 0;
+      first_chunk[worker] = present ? weight.groups[2 * group + 1] : 0;
     }
   }
 
   // Announces all bytes of a stage and asks for the weights'.
-  __device__ __forceinline__ void load(const LinearWeight& weight, const Member<T>& member, const Ring<T>& ring,
-                                       int slice) const {
+  __device__ __forceinline__ void load(const LinearWeight& weight, const Ring<T>& ring, int slice) const {
     // Of an odd last step's second half the tokens are zeros, the weights what lay there.
     const int step = slice * kStepsOfStage, steps = weight.steps - step < kStepsOfStage ? 1 : kStepsOfStage;
-    mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * bits_together * kChunkBytes));
+    int chunks = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (bits[i] == 0) continue;
-      unsigned char* target = ring.chunks(first_worker + i * kShares);
-      const uint8_t* chunks = weight.chunks + (first_chunk[i] + int64_t{step} * bits[i]) * kChunkBytes;
-      const unsigned bytes = static_cast<unsigned>(steps * bits[i] * kChunkBytes);
-      if constexpr (kShares > 1) {
-        copy_bulk(target, chunks, bytes, ring.full(), member.sharers());
-      } else {
-        copy_bulk(target, chunks, bytes, ring.full());
-      }
+    for (int worker = 0; worker < T::kWorkers; ++worker) chunks += step_chunks[worker];
+    mbarrier_expect(ring.full(), static_cast<unsigned>(T::kTokenBytes + steps * chunks * kChunkBytes));
+#pragma unroll
+    for (int worker = 0; worker < T::kWorkers; ++worker) {
+      if (step_chunks[worker] == 0) continue;
+      const int64_t first = first_chunk[worker] + int64_t{step} * step_chunks[worker];
+      copy_bulk(ring.chunks(worker), weight.chunks + first * kChunkBytes,
+                static_cast<unsigned>(steps * step_chunks[worker] * kChunkBytes), ring.full());
     }
   }
 };
@@ -153,27 +140,27 @@ __device__ __forceinline__ void load_tiles(const GemmArguments& with, const Tens
   int begun = 0;  // slices of the first tile whose weights have been asked for
   if (weight.settled) {
     const TilePlace<T> place(order, member, first_turn<T>(order), weight.steps);
-    const Groups<T> groups(weight, member, place.row);
+    const Groups<T> groups(weight, place.row);
 #pragma unroll 1
     for (Ring<T> ahead = ring; begun < T::kStages && place.slice + begun < place.end_slice; ++begun, ahead.advance()) {
-      groups.load(weight, member, ahead, place.slice + begun);
+      groups.load(weight, ahead, place.slice + begun);
     }
   }
   follow_predecessor();
   for (int tile = first_turn<T>(order); tile < order.count(); tile += turns<T>(order)) {
     const TilePlace<T> place(order, member, tile, weight.steps);
-    const Groups<T> groups(weight, member, place.row);
+    const Groups<T> groups(weight, place.row);
 #pragma unroll 1
     for (int slice = place.slice; slice < place.end_slice; ++slice) {
       if (begun > 0) {
         --begun;
       } else {
         VITQ_WAIT(ring.empty(), ring.parity ^ 1);  // the first round finds the phase before the first complete
-        groups.load(weight, member, ring, slice);
+        groups.load(weight, ring, slice);
       }
       const int column = slice * kTokenLine, token = place.token * T::kTokens;
-      if constexpr (T::kClusterRows > 1) {  // each block brings its share to all
-        constexpr int kShare = T::kTokens / T::kClusterRows;
+      if constexpr (T::kCluster > 1) {  // each block brings its share to all
+        constexpr int kShare = T::kTokens / T::kCluster;
         const int its = member.place() * kShare;
         copy_box(ring.tokens() + its * kTokenLine, map, column, token + its, ring.full(), member.sharers());
       } else {
@@ -184,31 +171,38 @@ __device__ __forceinline__ void load_tiles(const GemmArguments& with, const Tens
   }
 }
 
-// One step of a group, unpacked for the two products of 32 columns.
+// One step of a warp's quarter, unpacked for the two products of 32 columns. bits: where kBits is kMixed.
 template <int kBits>
-__device__ __forceinline__ void unpack_step(const unsigned char* chunks, int warp, uint32_t (&a)[2][4]) {
-  const WarpgroupStep<kBits> weights(chunks, warp);
-  a[0][0] = weights.template bytes<0>(), a[0][1] = weights.template bytes<4>();
-  a[0][2] = weights.template bytes<1>(), a[0][3] = weights.template bytes<5>();
-  a[1][0] = weights.template bytes<2>(), a[1][1] = weights.template bytes<6>();
-  a[1][2] = weights.template bytes<3>(), a[1][3] = weights.template bytes<7>();
+__device__ __forceinline__ void unpack_step(const unsigned char* chunks, int bits, uint32_t (&a)[2][4]) {
+  QuarterRegisters<false> b;
+  if constexpr (kBits == Widths::kMixed) {
+    unpack_quarter<false>(bits, chunks, b);
+  } else {
+    unpack_quarter<kBits, false>(chunks, b);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[0][i] = b[i % 2 * 4 + i / 2], a[1][i] = b[i % 2 * 4 + i / 2 + 2];
 }
 
-// All slices of a worker whose group has kBits; 0: it has no group, and only leaves the stages. The second step of a
-// slice is unpacked while the first one's products run; across slices the other workers keep the tensor cores busy.
+// All slices of a worker whose group has kBits, or kMixed; 0: it has no group, and only leaves the stages. The second step
+// of a slice is unpacked while the first one's products run; across slices the other worker keeps the tensor cores busy.
 template <int kBits, class T>
 __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], Ring<T>& ring, int slices,
-                                               unsigned first_sharer) {
+                                               unsigned first_sharer, Widths widths) {
   const unsigned warp = static_cast<unsigned>(warp_index());
+  constexpr bool kMixed = kBits == Widths::kMixed;
+  const int quarter = static_cast<int>(warp % 4), bits = widths.of(quarter);
+  const int step_bytes = (kMixed ? widths.chunks() : kQuarters * kBits) * kChunkBytes;
+  const int at = (kMixed ? widths.chunks_before(quarter) : quarter * kBits) * kChunkBytes;
   for (; slices > 0; --slices) {
     VITQ_WAIT(ring.full(), ring.parity);
-    if constexpr (kBits > 0) {
-      const unsigned char* chunks = ring.chunks(warp / 4);
+    if constexpr (kBits != 0) {
+      const unsigned char* chunks = ring.chunks(warp / 4) + at;
       const MatrixDescriptor<128> tokens = matrix_descriptor(ring.tokens());
       uint32_t a[kStepsOfStage][2][4];
 #pragma unroll
       for (int step = 0; step < kStepsOfStage; ++step) {
-        unpack_step<kBits>(chunks + step * kBits * kChunkBytes, warp % 4, a[step]);
+        unpack_step<kBits>(chunks + step * step_bytes, bits, a[step]);
         // Written before the fence: the accumulators' zeros, what the last wait gave back, the unpacked weights.
         if (step == 0) hold(acc);
         hold(a[step][0]), hold(a[step][1]);
@@ -230,8 +224,8 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
   }
 }
 
-// The first of a worker thread's two rows in the rows of its warpgroup, the second is 2 further: row lane / 4 of the
-// warp's fragment of 16 is the layout's fragment 2 (warp % 4), row + 8 the next one.
+// The first of a worker thread's two stored rows in its group, the second is 2 further: row lane / 4 of the warp's
+// fragment of 16 is of the quarter's first fragment, row + 8 of the second one.
 __device__ __forceinline__ int row_of_worker() {
   const unsigned lane = lane_index();
   return static_cast<int>(lane / 8 * 16 + static_cast<unsigned>(warp_index()) % 4 * 4 + lane / 4 % 2);
@@ -244,11 +238,11 @@ struct WorkerRow {
   int offset;
 };
 
-template <Epilogue kKind, class T>
+template <Epilogue kKind>
 __device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int first_row, int at, int shift) {
   const int row = model_row(with, first_row + at);
   WorkerRow found;
-  found.offset = staged_offset(T::kRows == kWindowRows ? row - first_row : at);
+  found.offset = staged_offset(row - first_row);
   float multiplier, zero, inv_scale;
   int32_t bias;
   load_vectors<kKind>(with.epilogue, row, with.rows, multiplier, bias, zero, inv_scale);
@@ -261,32 +255,31 @@ __device__ __forceinline__ WorkerRow worker_row(const GemmArguments& with, int f
   return found;
 }
 
-// A tile's way out: each worker rescales its accumulators and stages them where the rows belong; then it stores them, or
-// all workers together.
+// A tile's way out: each worker rescales its accumulators, stages them where the rows belong and stores them, so that
+// one's way out lies under the other's products.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void store_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2],
                                            const TilePlace<T>& place, int shift) {
   constexpr int kElement = staged_element(kKind);
   using S = WgmmaStaging<T, kElement>;
-  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index());
-  const unsigned crew = T::kStoredRows == T::kRows ? 0 : 32 * warp / T::kStoringThreads;
-  const int first_row = place.row * T::kRows + static_cast<int>(crew) * T::kStoredRows;
+  const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index()), worker = warp / 4;
+  const int first_row = place.row * T::kRows + static_cast<int>(worker) * kGroupRows;
   const int first_token = place.token * T::kTokens;
-  unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens() + crew * wgmma_staged_bytes<T>();
-  const int at = static_cast<int>(warp % (T::kStoringThreads / 32) / 4) * kGroupRows + row_of_worker();
-  const WorkerRow rows[2] = {worker_row<kKind, T>(with, first_row, at, shift),
-                             worker_row<kKind, T>(with, first_row, at + 2, shift)};
+  unsigned char* staged = Ring<T>{with.weight.widest, T::kStages}.tokens() + worker * wgmma_staged_bytes<T>();
+  const int at = row_of_worker();
+  const WorkerRow rows[2] = {worker_row<kKind>(with, first_row, at, shift),
+                             worker_row<kKind>(with, first_row, at + 2, shift)};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (rows[h].is_aligned) continue;
 #pragma unroll
     for (int i = 2 * h; i < T::kTokens / 2; i += 4) acc[i] >>= shift, acc[i + 1] >>= shift;
   }
-  const bool whole = is_whole(with, first_row + T::kStoredRows, first_token + T::kTokens);
+  const bool whole = is_whole(with, first_row + kGroupRows, first_token + T::kTokens);
   unsigned char* of_lane = staged + lane % 4 * 8;
 #pragma unroll
   for (int pass = 0; pass < T::kTokens; pass += S::kTokens) {
-    VITQ_NAMED_BARRIER(1 + static_cast<int>(crew), T::kStoringThreads);  // what was staged before has been read
+    VITQ_NAMED_BARRIER(1 + static_cast<int>(worker), kWarpgroup);  // what was staged before has been read
 #pragma unroll
     for (int token = pass; token < pass + S::kTokens; token += 32) {
       const auto scale_of = [&](int i) {
@@ -312,9 +305,8 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, int32_t (&
         }
       }
     }
-    VITQ_NAMED_BARRIER(1 + static_cast<int>(crew), T::kStoringThreads);  // the staged tokens are complete
-    store_from_shared<kKind, S>(with, with.out, staged, first_row, first_token + pass, whole,
-                                warp % (T::kStoringThreads / 32), T::kStoringThreads / 32);
+    VITQ_NAMED_BARRIER(1 + static_cast<int>(worker), kWarpgroup);  // the staged tokens are complete
+    store_from_shared<kKind, S>(with, with.out, staged, first_row, first_token + pass, whole, warp % 4, 4);
   }
 }
 
@@ -326,11 +318,19 @@ template <Epilogue kKind, class T>
 __device__ __forceinline__ void share_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
                                            const Member<T>& member, const TilePlace<T>& place, int part_bits,
                                            int shift) {
-  const int first_row = place.row * T::kRows;
-  stage_sums<T>(acc, warp_index() / 4 * kGroupRows + row_of_worker(), shift);
-  const RunOfRows<kKind> rows(with, first_row + first_of_run<T>(), is_scattered<T::kRows>(with));  // meanwhile
+  const int first_row = place.row * T::kRows, stored = warp_index() / 4 * kGroupRows + row_of_worker();
+  const int rows[2] = {model_row(with, first_row + stored) - first_row,
+                       model_row(with, first_row + stored + 2) - first_row};
+  stage_sums<T>(acc, rows, shift);
+  const int row = first_row + first_of_run<T>();
+  RunVectors vectors;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {  // meanwhile
+    load_vectors<kKind>(with.epilogue, row + i, with.rows, vectors.multiplier[i], vectors.bias[i], vectors.zero[i],
+                        vectors.inv_scale[i]);
+  }
   sums_are_staged();
-  finish_share<kKind, T>(with, rows, place.token * T::kTokens, member.part, part_bits,
+  finish_share<kKind, T>(with, vectors, row, place.token * T::kTokens, member.part, part_bits,
                          static_cast<unsigned>(member.place()));
 }
 
@@ -340,9 +340,9 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
   follow_predecessor();
   const Member<T> member(order);
   Ring<T> ring{with.weight.widest};
-  // Of two workers that store alone the second one begins when the last stage has been filled, which while the pipeline
+  // The second worker begins when the last stage has been filled, which while the pipeline
   // fills is that many slices later: from then on one's way out and the other's products take turns.
-  if (T::kStoredRows < T::kRows && warp_index() >= 4 && !order.in_parts<T>() &&
+  if (warp_index() >= 4 && !order.in_parts() &&
       TilePlace<T>(order, member, 0, with.weight.steps).end_slice >= T::kStages) {
     delay_until(ring.full() + T::kStages - 1, 0);
   }
@@ -352,13 +352,14 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
     hold(place.row);
     hold(place.token);
     const int group = place.row * T::kWorkers + warp_index() / 4, slices = place.end_slice - place.slice;
-    const int bits = group < with.weight.group_count ? with.weight.groups[2 * group] : 0;
+    const Widths widths{group < with.weight.group_count ? static_cast<uint32_t>(with.weight.groups[2 * group]) : 0};
     int32_t acc[T::kTokens / 2] = {};
-#define VITQ_WIDTH(width)                                               \
-  case width:                                                           \
-    multiply_group<width, T>(acc, ring, slices, member.first_sharer()); \
+#define VITQ_WIDTH(width)                                                       \
+  case width:                                                                   \
+    multiply_group<width, T>(acc, ring, slices, member.first_sharer(), widths); \
     break;
-    switch (bits) {
+    switch (widths.only()) {
+      VITQ_WIDTH(Widths::kMixed)
       VITQ_WIDTH(2)
       VITQ_WIDTH(3)
       VITQ_WIDTH(4)
@@ -367,23 +368,22 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
       VITQ_WIDTH(7)
       VITQ_WIDTH(8)
       default:
-        multiply_group<0, T>(acc, ring, slices, member.first_sharer());
+        multiply_group<0, T>(acc, ring, slices, member.first_sharer(), widths);
     }
 #undef VITQ_WIDTH
-    if constexpr (T::kMostParts > 1) {
-      if (order.in_parts<T>()) {
-        share_tile<kKind, T>(with, acc, member, place, order.part_bits, 8 - bits);
-        continue;
-      }
+    const int shift = 8 - widths.of(static_cast<int>(static_cast<unsigned>(warp_index()) % 4));
+    if (order.in_parts()) {
+      share_tile<kKind, T>(with, acc, member, place, order.part_bits, shift);
+    } else {
+      store_tile<kKind, T>(with, acc, place, shift);
     }
-    store_tile<kKind, T>(with, acc, place, 8 - bits);
   }
 }
 
 // No block ends while others still arrive at its barriers, or read its sums.
 template <class T>
 __device__ __forceinline__ void leave_cluster(const TileOrder& order) {
-  if (T::kCluster > 1 || order.in_parts<T>()) VITQ_CLUSTER_BARRIER();
+  if (T::kCluster > 1 || order.in_parts()) VITQ_CLUSTER_BARRIER();
 }
 
 template <Epilogue kKind, class T>
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     fence_mbarrier_init();
   }
   // The barriers are initialised, in all blocks that arrive at them.
-  if (T::kCluster > 1 || order.in_parts<T>()) {
+  if (T::kCluster > 1 || order.in_parts()) {
     VITQ_CLUSTER_BARRIER();
   } else {
     VITQ_BARRIER();
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x >= T::kWorkerThreads) {
     give_registers<T::kLoaderRegisters>();
     if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
-    if (order.in_parts<T>()) sums_are_staged();
+    if (order.in_parts()) sums_are_staged();
     leave_cluster<T>(order);
     return;
   }
@@ -437,7 +437,7 @@ void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream
   const auto kernel = &wgmma_kernel<kKind, T>;
   allow_shared_memory(kernel, bytes, "linear");  // first: a new thread has no context before a call of the runtime
   const TensorMap map =
-      token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kClusterRows);
+      token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kCluster);
   VITQ_LAUNCH_CLUSTERS(kernel, static_cast<unsigned>(cluster), static_cast<unsigned>(blocks), T::kThreads, bytes,
                        stream, with, map, order);
   check_launch("linear");

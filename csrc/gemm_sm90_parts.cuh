@@ -23,20 +23,19 @@ struct StagedSums {
   static constexpr int kAtOnce = 16;             // tokens of a warp
   static_assert(T::kTokens / kPanelTokens * kPanel <= wgmma_shared_bytes<T>(2) - kBarrierBytes,
                 "the sums fit where stages and staged outputs lie, whatever the widths are");
-  static_assert(T::kRows < kWindowRows, "staged in stored order");
   static_assert(T::kTokens / T::kMostParts % kAtOnce == 0 && kWarps % kBlocks == 0, "a share is whole for each warp");
 
   static __device__ __forceinline__ unsigned char* begin() { return shared_memory() + kBarrierBytes; }
 };
 
-// A worker's sums, to shared memory, in stored order. The thread's rows in the tile are `at` and at + 2.
+// A worker's sums, to shared memory, in the model's order. row: the thread's two, in the tile.
 template <class T>
-__device__ __forceinline__ void stage_sums(const int32_t (&acc)[T::kTokens / 2], int at, int shift) {
+__device__ __forceinline__ void stage_sums(const int32_t (&acc)[T::kTokens / 2], const int (&row)[2], int shift) {
   using S = StagedSums<T>;
   VITQ_NAMED_BARRIER(1, T::kWorkerThreads);  // all products of the block are complete: its stages may be overwritten
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    unsigned char* target = S::begin() + staged_offset(at + 2 * h) + lane_index() % 4 * 8;
+    unsigned char* target = S::begin() + staged_offset(row[h]) + lane_index() % 4 * 8;
 #pragma unroll
     for (int i = 0; i < T::kTokens / S::kPanelTokens; ++i) {
       *reinterpret_cast<uint2*>(target + i * S::kPanel) = {static_cast<uint32_t>(acc[4 * i + 2 * h] >> shift),
@@ -52,32 +51,16 @@ __device__ __forceinline__ int first_of_run() {
   return static_cast<int>(32 * block + lane_index() / 4 % 4 * kRun);
 }
 
-// A run of staged rows: which they are in the model, and what their outputs need.
-template <Epilogue kKind>
-struct RunOfRows {
-  int row[kRun];
-  RunVectors vectors;
-
-  __device__ __forceinline__ RunOfRows(const GemmArguments& with, int first, bool scattered) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      row[i] = scattered ? model_row(with, first + i) : first + i;
-      load_vectors<kKind>(with.epilogue, row[i], with.rows, vectors.multiplier[i], vectors.bias[i], vectors.zero[i],
-                          vectors.inv_scale[i]);
-    }
-  }
-};
-
 // This block's share of the tile, after the barrier behind which all blocks of the cluster have staged theirs.
-// first_block: of those with the same rows, T::kCluster blocks apart in the order of their parts.
+// row: the first of the thread's run, whose vectors are given. first_block: of those with the same rows, T::kCluster blocks apart in the order of their parts.
 template <Epilogue kKind, class T>
-__device__ __forceinline__ void finish_share(const GemmArguments& with, const RunOfRows<kKind>& rows, int first_token,
-                                             int part, int part_bits, unsigned first_block) {
+__device__ __forceinline__ void finish_share(const GemmArguments& with, const RunVectors& vectors, int row,
+                                             int first_token, int part, int part_bits, unsigned first_block) {
   using S = StagedSums<T>;
   const unsigned lane = lane_index(), warp = static_cast<unsigned>(warp_index());
   const unsigned run = lane / 4 % 4;
   const int share = T::kTokens >> part_bits;
-  const bool vector = with.rows % kRun == 0 && !is_scattered<T::kRows>(with);
+  const bool vector = with.rows % kRun == 0;
   for (int token = share * part + S::kAtOnce * static_cast<int>(warp / S::kBlocks); token < share * (part + 1);
        token += S::kAtOnce * S::kWarps / S::kBlocks) {
     const int its = token + static_cast<int>(lane / 16 * 8 + lane % 4 * 2);
@@ -97,22 +80,10 @@ __device__ __forceinline__ void finish_share(const GemmArguments& with, const Ru
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int its_token = first_token + its + i;
-      if (its_token >= with.tokens) continue;
+      if (its_token >= with.tokens || row >= with.rows) continue;
       uint32_t word[kRun];
-      rescale<kKind>(
-          with.epilogue, rows.vectors, [&](int) { return with.epilogue.token_scale[its_token]; }, sums[i], word);
-      if (vector) {
-        if (rows.row[0] < with.rows) {
-          store_words<kKind>(with, with.out, word, Place<kKind>(with, its_token, rows.row[0]), kRun, true);
-        }
-        continue;
-      }
-#pragma unroll
-      for (int r = 0; r < kRun; ++r) {
-        if (rows.row[r] >= with.rows) continue;
-        uint32_t only[kRun] = {word[r]};
-        store_words<kKind>(with, with.out, only, Place<kKind>(with, its_token, rows.row[r]), 1, false);
-      }
+      rescale<kKind>(with.epilogue, vectors, [&](int) { return with.epilogue.token_scale[its_token]; }, sums[i], word);
+      store_words<kKind>(with, with.out, word, Place<kKind>(with, its_token, row), with.rows - row, vector);
     }
   }
 }

@@ -6,13 +6,11 @@
 
 namespace vitq {
 
-// Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages, blocks
-// that share: the window's tiles lie side by side and share weights, others one below the other and share tokens. These
-// are a cluster; where K is cut into parts, those of all parts are.
+// Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages, and the
+// blocks, one below the other, that share tokens. These are a cluster; where K is cut into parts, those of all parts are.
 #define VITQ_WGMMA_TILES(X) \
   X(6, 2, 256, 4, 2)        \
-  X(7, 4, 128, 3, 2)        \
-  X(8, 2, 64, 4, 1)
+  X(7, 2, 64, 4, 1)
 
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kStepsOfStage = 2;  // of 64 columns: the 128 bytes that the swizzle spans
@@ -22,29 +20,23 @@ template <int kWorkers_, int kTokens_, int kStages_, int kCluster_>
 struct WgmmaTile {
   static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kRows = kGroupRows * kWorkers;
-  static constexpr bool kSharesWeights = kRows == kWindowRows;
-  static constexpr int kClusterRows = kSharesWeights ? 1 : kCluster, kClusterTokens = kCluster / kClusterRows;  // tiles
-  // Of K, a power of two: the largest cluster then has 8 blocks, which every GPU with clusters holds. The window's tile
-  // leaves most SMs idle where tokens are few, however K is cut, and its workers have no registers to spare.
-  static constexpr int kMostParts = kRows == kWindowRows ? 1 : 4;
-  // The window of reordered rows is stored by all workers together; other tiles' workers store alone, so that one's way
-  // out lies under the other's products. Of those that store together: rows and threads.
-  static constexpr int kStoredRows = kRows == kWindowRows ? kRows : kGroupRows;
-  static constexpr int kStoringThreads = kWarpgroup * kStoredRows / kGroupRows;
+  // Of K, a power of two: the largest cluster then has 8 blocks, which every GPU with clusters holds.
+  static constexpr int kMostParts = 4;
   // One thread of the last warpgroup loads. A sub-partition of the SM has a quarter of the registers and a warp of each
   // warpgroup, so a kernel starts with 65536 / threads each; the loading warpgroup gives most of its own to the workers
-  // (setmaxnreg: 2 * 224 + 56 = 504 of 3 * 168, 4 * 112 + 32 = 480 of 5 * 96).
+  // (setmaxnreg: 2 * 224 + 56 = 504 of 3 * 168).
+  static_assert(kWorkers == 2, "the registers are those of two");
   static constexpr int kThreads = kWarpgroup * (kWorkers + 1);
-  static constexpr int kLoaderRegisters = kWorkers == 2 ? 56 : 32, kWorkerRegisters = kWorkers == 2 ? 224 : 112;
+  static constexpr int kLoaderRegisters = 56, kWorkerRegisters = 224;
   static constexpr int kWorkerThreads = kWarpgroup * kWorkers;
   static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
 };
 
-// What a pass stages (Staging of gemm_tiles.cuh): all tokens (codes), or 64 (words). A worker thread ends with two rows of
-// tokens 8 i + 2 t and + 1 (t: lane % 4). Codes: of 32 tokens its eight lie in two adjacent words.
+// What a pass of a worker stages (Staging of gemm_tiles.cuh): all tokens (codes), or 64 (words). A thread ends with two
+// rows of tokens 8 i + 2 t and + 1 (t: lane % 4). Codes: of 32 tokens its eight lie in two adjacent words.
 template <class T, int kElement>
 struct WgmmaStaging {
-  static constexpr int kRows = T::kStoredRows, kOfPack = staged_tokens(kElement);
+  static constexpr int kRows = kGroupRows, kOfPack = staged_tokens(kElement);
   static constexpr int kTokens = kElement == 1 ? T::kTokens : 64;  // of a pass
   static constexpr int kPacks = kTokens / kOfPack;
   static constexpr int kPacksOfPanel = kPanelBytes / (kOfPack * kElement);
@@ -56,21 +48,20 @@ struct WgmmaStaging {
   }
 };
 
-// Shared memory: the barriers, the stages (the tokens' box, then each worker's chunks), the staged outputs.
+// Shared memory: the barriers, the stages (the tokens' box, then each worker's chunks), each worker's staged outputs.
 constexpr int kBarrierBytes = 1024;  // swizzled boxes lie at multiples of it
 template <class T>
 __host__ __device__ constexpr int wgmma_stage_bytes(int widest) {
-  return T::kTokenBytes + T::kWorkers * kStepsOfStage * widest * kChunkBytes;
+  return T::kTokenBytes + T::kWorkers * kStepsOfStage * kQuarters * widest * kChunkBytes;
 }
 template <class T>
-__host__ __device__ constexpr int wgmma_staged_bytes() {  // of those that store together
+__host__ __device__ constexpr int wgmma_staged_bytes() {  // of a worker
   return WgmmaStaging<T, 1>::kBytes > WgmmaStaging<T, 4>::kBytes ? WgmmaStaging<T, 1>::kBytes
                                                                  : WgmmaStaging<T, 4>::kBytes;
 }
 template <class T>
 __host__ __device__ constexpr int wgmma_shared_bytes(int widest) {
-  return kBarrierBytes + T::kStages * wgmma_stage_bytes<T>(widest) +
-         T::kRows / T::kStoredRows * wgmma_staged_bytes<T>();
+  return kBarrierBytes + T::kStages * wgmma_stage_bytes<T>(widest) + T::kWorkers * wgmma_staged_bytes<T>();
 }
 
 }  // namespace vitq

@@ -5,17 +5,10 @@
 
 namespace vitq {
 
-// The model's row of a stored one; N where there is none.
+// The model's row of a stored one, in the same 64; from N on where there is none.
 __device__ __forceinline__ int model_row(const GemmArguments& with, int stored) {
-  if (with.weight.order == nullptr) return stored;
-  return stored < kGroupRows * with.weight.group_count ? with.weight.order[stored] : with.rows;
-}
-
-// Whether rows that lie side by side in the staging of a tile are apart in the model: a tile smaller than the window of
-// reordered rows stages them in stored order.
-template <int kRows>
-__device__ __forceinline__ bool is_scattered(const GemmArguments& with) {
-  return kRows < kWindowRows && with.weight.order != nullptr;
+  const bool reordered = with.weight.order != nullptr && stored < kGroupRows * with.weight.group_count;
+  return reordered ? with.weight.order[stored] : stored;
 }
 
 // Stores the codes of a run of 8 rows, of which `left` are inside. `vector`: N is a multiple of the run.
@@ -167,17 +160,16 @@ __device__ __forceinline__ void store_staged(const GemmArguments& with, void* ou
   }
 }
 
-// Reads back what lies staged and stores element by element, a row a lane: where N is no multiple of the run, and where a
-// tile that is smaller than the window (and staged in stored order) has every so-manieth byte of its tokens' sectors.
+// Reads back what lies staged and stores element by element, a row a lane: where N is no multiple of the run.
 template <Epilogue kKind, class S>
-__device__ __forceinline__ void store_scattered(const GemmArguments& with, void* out, const unsigned char* staged,
-                                                int first_row, int first_token, unsigned warp, unsigned warps) {
+__device__ __forceinline__ void store_elements(const GemmArguments& with, void* out, const unsigned char* staged,
+                                               int first_row, int first_token, unsigned warp, unsigned warps) {
   constexpr int kElement = staged_element(kKind);
   constexpr unsigned kBlocks = S::kRows / 32;
   const int packs_at_once = static_cast<int>(warps > kBlocks ? warps / kBlocks : 1);
   for (unsigned block = warp % kBlocks; block < kBlocks; block += warps) {
     const int at = static_cast<int>(32 * block + lane_index());
-    const int row = is_scattered<S::kRows>(with) ? model_row(with, first_row + at) : first_row + at;
+    const int row = first_row + at;
     if (row >= with.rows) continue;
     const unsigned char* source = staged + staged_offset(at);
 #pragma unroll 1
@@ -200,8 +192,8 @@ template <Epilogue kKind, class S>
 __device__ __forceinline__ void store_from_shared(const GemmArguments& with, void* out, const unsigned char* staged,
                                                   int first_row, int first_token, bool whole, unsigned warp,
                                                   unsigned warps) {
-  if (with.rows % kRun != 0 || is_scattered<S::kRows>(with)) {
-    store_scattered<kKind, S>(with, out, staged, first_row, first_token, warp, warps);
+  if (with.rows % kRun != 0) {
+    store_elements<kKind, S>(with, out, staged, first_row, first_token, warp, warps);
   } else if (whole) {
     store_staged<kKind, true, S>(with, out, staged, first_row, first_token, warp, warps);
   } else {

@@ -28,8 +28,7 @@ struct Tile {
   static constexpr int kTokenBytes = kTokens * kStepColumns;  // of a stage
 };
 
-constexpr int kWindowRows = 256;  // reordered rows stay in it (WINDOW_ROWS of ops/cuda/tiles.py)
-constexpr int kVectors = 4;       // of epilogue.cuh, a word a row, in shared memory
+constexpr int kVectors = 4;  // of epilogue.cuh, a word a row, in shared memory
 
 struct GemmArguments {
   const int8_t* a;
@@ -50,8 +49,8 @@ __host__ __device__ constexpr int staged_element(Epilogue kind) {
 // that write to rows of four quarters (place_rows of ops/mma_fragments.py sees to it) nor four that read the runs of 8
 // rows at r, r + 8, r + 16 and r + 24 meet in a bank.
 constexpr int kPanelBytes = 32;
-__host__ __device__ constexpr int staged_offset(int row) {
-  return row / 4 * 4 * kPanelBytes + ((row ^ row / 8) & 3) * kPanelBytes;
+__host__ __device__ constexpr int staged_offset(unsigned row) {
+  return static_cast<int>((row / 4 * 4 + ((row ^ row / 8) & 3)) * kPanelBytes);
 }
 
 // Tokens of a row that are read back together: four codes a word, or two words.
@@ -78,7 +77,7 @@ struct Staging {
 // Bytes of a stage and of the whole shared memory of a block: vectors, then stages or, after them, staged outputs.
 template <class T>
 __host__ __device__ constexpr int stage_bytes(int widest) {
-  return T::kTokenBytes + T::kRowWarps * widest * kChunkBytes;
+  return T::kTokenBytes + T::kRowWarps * kQuarters * widest * kChunkBytes;
 }
 template <class T>
 __host__ __device__ constexpr int shared_bytes(int widest, bool is_staged, int element) {

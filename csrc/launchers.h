@@ -92,7 +92,7 @@ struct EpilogueArguments {
 // A weight in the layout of vitq_kernels/ops/mma_fragments.py.
 struct LinearWeight {
   const uint8_t* chunks;
-  const int32_t* groups;  // [group_count, 2]: bits, and the offset in chunks
+  const int32_t* groups;  // [group_count, 2]: bits of the four quarters, a byte each, and the offset in chunks
   const int32_t* order;   // [64 * group_count]: model row of each stored row, N where there is none; null: the same
   int group_count, steps, widest;
   bool settled;  // what wrote chunks and groups had completed before the kernel in front of this one began
@@ -102,9 +102,9 @@ struct LinearWeight {
 struct GemmTile {
   int rows, tokens, threads, stages, blocks;
   bool wgmma;   // for sm_90a alone
-  int cluster;  // blocks that share tokens or weights
+  int cluster;  // blocks that share tokens
 };
-constexpr int kGemmTiles = 9;
+constexpr int kGemmTiles = 8;
 GemmTile gemm_tile(int index);
 // Bytes of shared memory of a block; staged: its outputs are (is_staged of gemm_tiles.cuh).
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);

@@ -106,16 +106,6 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsi
                : "memory");
 }
 
-// The same into the blocks of a mask, at the same place in each, completed at the same barrier of each.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier,
-                                          unsigned blocks) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
-      : "memory");
-}
-
 // 9.7.9.25.5.2 cp.async.bulk.tensor: the map's box whose first byte is `column` of `row`; zeros beyond the matrix, which
 // count as bytes too. Rows lie in lines of 128 bytes whose 16-byte chunks are swizzled: chunk c of line l at c ^ l % 8.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {

@@ -1,11 +1,12 @@
-// Packed weights of 2..8 bits, from shared memory to the B registers of an mma. The layout is defined, and made, in
-// vitq_kernels/ops/mma_fragments.py; here it is undone.
+// Packed weights of 2..8 bits, from shared memory to the B registers of an mma or the A registers of a wgmma. The layout is
+// defined, and made, in vitq_kernels/ops/mma_fragments.py; here it is undone.
 //
-// A group is 64 rows; its step is 64 columns: 32 registers of four bytes a lane, register 4j + 2h' + h holding, of the
-// 8 rows of fragment j, the columns 32 h' + 16 h + 4 (lane % 4) .. + 3 (h', h: which mma of the step, which of its two
-// registers). The codes are cut into planes of 8, 4, 2 and 1 bits from the top down (7 = 4 + 2 + 1, 6 = 4 + 2,
-// 5 = 4 + 1, 3 = 2 + 1); a plane of p bits holds 8 / p registers in a word and is p chunks of 16 bytes a lane. So a
-// step of b bits is b chunks of 512 bytes, whatever b is, each read by one conflict-free 16-byte access.
+// A group is 64 stored rows in four quarters of 16, each of its own width. A step of a quarter is 64 columns: 8 registers
+// of four bytes a lane, register 4j + 2h' + h holding, of the 8 rows of the quarter's fragment j (0, 1), the columns
+// 32 h' + 16 h + 4 (lane % 4) .. + 3 (h', h: which mma of the step, which of its two registers). The codes are cut into
+// planes of 8, 4, 2 and 1 bits from the top down (7 = 4 + 2 + 1, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1); a plane of p bits
+// holds 8 / p registers in a word and p words of a lane. So a quarter's step of b bits is b chunks of 128 bytes, read by
+// conflict-free accesses of 16, 8 and 4 bytes a lane.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,25 @@
 namespace vitq {
 
 constexpr int kGroupRows = 64;
+constexpr int kQuarters = 4;  // of a group
 constexpr int kStepColumns = 64;
-constexpr int kChunkBytes = 512;      // 16 bytes a lane
-constexpr int kFragmentsOfGroup = 8;  // of 8 rows
+constexpr int kChunkBytes = 128;      // of a quarter's step, for each bit of its width
+constexpr int kFragmentsOfGroup = 8;  // of 8 rows, two a quarter
+
+// Widths of a group's quarters, a byte each.
+struct Widths {
+  uint32_t bytes;
+
+  __host__ __device__ constexpr int of(int quarter) const { return static_cast<int>(bytes >> (8 * quarter) & 255); }
+  // Chunks of a step of the group, and of its quarters in front of one.
+  __host__ __device__ constexpr int chunks() const { return of(0) + of(1) + of(2) + of(3); }
+  __host__ __device__ constexpr int chunks_before(int quarter) const {
+    return (quarter > 0 ? of(0) : 0) + (quarter > 1 ? of(1) : 0) + (quarter > 2 ? of(2) : 0);
+  }
+  // The only width; kMixed: there are several; 0: no group.
+  __host__ __device__ constexpr int only() const { return bytes == 0x01010101u * (bytes & 255) ? of(0) : kMixed; }
+  static constexpr int kMixed = -1;
+};
 
 __host__ __device__ constexpr bool has_plane(int bits, int plane) {
   return bits == 8 ? plane == 8 : (bits & plane) != 0;
@@ -52,81 +69,92 @@ __device__ __forceinline__ uint32_t left_aligned(const Four& four, const Two& tw
   return result;
 }
 
-// The weights of one step of a group as they lie in shared memory; loads what a fragment needs when it is asked for,
-// fragments in ascending order.
+// A step of a quarter as it lies in shared memory, from `chunks` on: what a lane has of each plane.
 template <int kBits>
-struct WeightStep {
-  const unsigned char* chunks;  // of this lane: chunk c is at + c * kChunkBytes
-  uint4 plane8, plane4, plane2, plane1;
-
-  __device__ explicit WeightStep(const unsigned char* chunks_of_lane) : chunks(chunks_of_lane) {}
-
-  template <int kPlane>
-  __device__ __forceinline__ uint4 load(int chunk) const {
-    return *reinterpret_cast<const uint4*>(chunks + (first_chunk(kBits, kPlane) + chunk) * kChunkBytes);
-  }
-
-  template <int kFragment>
-  __device__ __forceinline__ void advance() {
-    if constexpr (has_plane(kBits, 8)) plane8 = load<8>(kFragment);
-    if constexpr (has_plane(kBits, 4) && kFragment % 2 == 0) plane4 = load<4>(kFragment / 2);
-    if constexpr (has_plane(kBits, 2) && kFragment % 4 == 0) plane2 = load<2>(kFragment / 4);
-    if constexpr (has_plane(kBits, 1) && kFragment == 0) plane1 = load<1>(0);
-  }
-
-  // Register kRegister (0..31) of the step as bytes.
-  template <int kRegister>
-  __device__ __forceinline__ uint32_t bytes() const {
-    if constexpr (kBits == 8) return word_of<kRegister % 4>(plane8);
-    return left_aligned<kBits, kRegister>([&] { return word_of<kRegister / 2 % 4>(plane4); },
-                                          [&] { return word_of<kRegister / 4 % 4>(plane2); },
-                                          [&] { return word_of<kRegister / 8>(plane1); });
-  }
-
-  // Registers kRegister (even) and the next one as nibbles, the first in the upper ones: times 2^(4 - kBits).
-  template <int kRegister>
-  __device__ __forceinline__ uint32_t nibbles() const {
-    static_assert(kBits <= 4);
-    if constexpr (kBits == 4) return word_of<kRegister / 2 % 4>(plane4);
-    const uint32_t twos = word_of<kRegister / 4 % 4>(plane2);
-    uint32_t result = part_of<2, kRegister % 4, 6>(twos) | part_of<2, kRegister % 4 + 1, 2>(twos);
-    if constexpr (kBits == 3) {
-      const uint32_t ones = word_of<kRegister / 8>(plane1);
-      result |= part_of<1, kRegister % 8, 5>(ones) | part_of<1, kRegister % 8 + 1, 1>(ones);
-    }
-    return result;
-  }
-};
-
-// The same step for a warp of a warpgroup, as wgmma takes it: registers 8 warp .. 8 warp + 7, here 0 .. 7. Their words
-// lie together in each plane: 8, 4, 2 and 1 of a lane's.
-template <int kBits>
-struct WarpgroupStep {
+struct QuarterStep {
   uint4 plane8[2], plane4;
   uint2 plane2;
   uint32_t plane1;
 
-  // chunks: of the step, not of the lane.
-  __device__ __forceinline__ WarpgroupStep(const unsigned char* chunks, int warp) {
-    const unsigned char* of_lane = chunks + 16 * lane_index();
+  __device__ __forceinline__ explicit QuarterStep(const unsigned char* chunks) {
+    // plane: its bits; a lane has as many words of it, of which up to four lie together.
     const auto at = [&](int plane, int word) {
-      return of_lane + (first_chunk(kBits, plane) + word / 4) * kChunkBytes + word % 4 * 4;
+      return chunks + first_chunk(kBits, plane) * kChunkBytes + word * 32 * 4 +
+             lane_index() * (plane < 4 ? plane : 4) * 4;
     };
     if constexpr (has_plane(kBits, 8)) {
-      plane8[0] = *reinterpret_cast<const uint4*>(at(8, 8 * warp));
-      plane8[1] = *reinterpret_cast<const uint4*>(at(8, 8 * warp + 4));
+      plane8[0] = *reinterpret_cast<const uint4*>(at(8, 0)), plane8[1] = *reinterpret_cast<const uint4*>(at(8, 4));
     }
-    if constexpr (has_plane(kBits, 4)) plane4 = *reinterpret_cast<const uint4*>(at(4, 4 * warp));
-    if constexpr (has_plane(kBits, 2)) plane2 = *reinterpret_cast<const uint2*>(at(2, 2 * warp));
-    if constexpr (has_plane(kBits, 1)) plane1 = *reinterpret_cast<const uint32_t*>(at(1, warp));
+    if constexpr (has_plane(kBits, 4)) plane4 = *reinterpret_cast<const uint4*>(at(4, 0));
+    if constexpr (has_plane(kBits, 2)) plane2 = *reinterpret_cast<const uint2*>(at(2, 0));
+    if constexpr (has_plane(kBits, 1)) plane1 = *reinterpret_cast<const uint32_t*>(at(1, 0));
   }
 
+  // Register kRegister (0..7) as bytes.
   template <int kRegister>
   __device__ __forceinline__ uint32_t bytes() const {
     if constexpr (kBits == 8) return word_of<kRegister % 4>(plane8[kRegister / 4]);
     return left_aligned<kBits, kRegister>([&] { return word_of<kRegister / 2>(plane4); },
                                           [&] { return kRegister < 4 ? plane2.x : plane2.y; }, [&] { return plane1; });
   }
+
+  // Registers kRegister (even) and the next one as nibbles, the first in the upper ones: times 2^(4 - kBits).
+  template <int kRegister>
+  __device__ __forceinline__ uint32_t nibbles() const {
+    static_assert(kBits <= 4);
+    if constexpr (kBits == 4) return word_of<kRegister / 2>(plane4);
+    const uint32_t twos = kRegister < 4 ? plane2.x : plane2.y;
+    uint32_t result = part_of<2, kRegister % 4, 6>(twos) | part_of<2, kRegister % 4 + 1, 2>(twos);
+    if constexpr (kBits == 3) {
+      result |= part_of<1, kRegister % 8, 5>(plane1) | part_of<1, kRegister % 8 + 1, 1>(plane1);
+    }
+    return result;
+  }
 };
+
+// A step of a quarter in the registers of its fragments, [4 j + 2 h' + h]: left-aligned bytes, or where kNative4 nibbles,
+// [2 j + h].
+template <bool kNative4>
+using QuarterRegisters = uint32_t[kNative4 ? 4 : 8];
+
+template <int kBits, bool kNative4>
+__device__ __forceinline__ void unpack_quarter(const unsigned char* chunks, QuarterRegisters<kNative4>& to) {
+  const QuarterStep<kBits> step(chunks);
+  if constexpr (kNative4) {
+    to[0] = step.template nibbles<0>(), to[1] = step.template nibbles<2>();
+    to[2] = step.template nibbles<4>(), to[3] = step.template nibbles<6>();
+  } else {
+    to[0] = step.template bytes<0>(), to[1] = step.template bytes<1>(), to[2] = step.template bytes<2>();
+    to[3] = step.template bytes<3>(), to[4] = step.template bytes<4>(), to[5] = step.template bytes<5>();
+    to[6] = step.template bytes<6>(), to[7] = step.template bytes<7>();
+  }
+}
+
+// The same where the width is known only when the kernel runs. A warp takes one of the cases.
+template <bool kNative4>
+__device__ __forceinline__ void unpack_quarter(int bits, const unsigned char* chunks, QuarterRegisters<kNative4>& to) {
+#define VITQ_QUARTER(width)                      \
+  case width:                                    \
+    unpack_quarter<width, kNative4>(chunks, to); \
+    break;
+  switch (bits) {
+    VITQ_QUARTER(2)
+    VITQ_QUARTER(3)
+    default:
+      if constexpr (kNative4) {
+        unpack_quarter<4, true>(chunks, to);
+      } else {
+        switch (bits) {
+          VITQ_QUARTER(4)
+          VITQ_QUARTER(5)
+          VITQ_QUARTER(6)
+          VITQ_QUARTER(7)
+          default:
+            unpack_quarter<8, false>(chunks, to);
+        }
+      }
+  }
+#undef VITQ_QUARTER
+}
 
 }  // namespace vitq

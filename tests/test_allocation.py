@@ -98,11 +98,11 @@ def cost_of(bits: BitAllocation, cost: Mapping[str, np.ndarray], widths: Sequenc
 
 
 def sorted_groups(table: np.ndarray, size: int) -> list[list[int]]:
-    """Rows of each group: dearest first at the middle width inside each tile, equal ones by index."""
+    """Rows of each group: dearest first at the middle width among the rows of four groups, equal ones by index."""
     middle = table.shape[1] // 2
-    groups = []
-    for tile in range(0, len(table), 256):
-        rows = sorted(range(tile, min(tile + 256, len(table))), key=lambda row: (-table[row, middle], row))
+    groups, together = [], min(4 * size, 256)
+    for first in range(0, len(table), together):
+        rows = sorted(range(first, min(first + together, len(table))), key=lambda row: (-table[row, middle], row))
         groups += [rows[i : i + size] for i in range(0, len(rows), size)]
     return groups
 
@@ -294,18 +294,19 @@ def test_a_dearer_layer_of_equal_size_never_has_fewer_bits() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 10, 72, 256, 300, 1000])
-def test_groups_are_runs_of_the_rows_sorted_inside_a_tile(rows: int) -> None:
+@pytest.mark.parametrize("size", [None, 16, 32, 64])
+def test_groups_are_runs_of_the_rows_sorted_four_groups_at_a_time(rows: int, size: int | None) -> None:
     rng = np.random.default_rng(rows)
     linears = [linear("a", rows), linear("b", 64)]
     cost = {s.name: decaying(rng, s.rows) for s in linears}
-    bits = allocate_bits(model(*linears), cost, Budget(3.3))
+    bits = allocate_bits(model(*linears), cost, Budget(3.3), group_rows=size)
     weight = bits.sites["a"].weight
     of_row = weight.row_bits()
-    size = 64 if rows >= 1024 else 32 if rows >= 128 else 16
+    size = size or 16
     groups = sorted_groups(np.minimum.accumulate(cost["a"], axis=1), size)
     widths = [{of_row[row] for row in group} for group in groups]
     assert all(len(width) == 1 for width in widths)
-    assert rows < 32 or len(set(of_row)) > 1
+    assert rows <= size or len(set(of_row)) > 1
     if len(set(of_row)) > 1:
         assert (weight.rows, weight.group_rows) == (rows, size)
         assert list(weight.bits) == [width.pop() for width in widths]
@@ -316,7 +317,7 @@ def test_rows_of_equal_width_side_by_side_keep_their_order() -> None:
     sites = model(linear("a", 256))
     weight = allocate_bits(sites, {"a": decaying(rng, 256)}, Budget(3.0)).sites["a"].weight
     widths = [b for start, stop, b in weight.groups() for _ in range(start, stop)]
-    assert len(set(widths)) < 8  # groups of 32: some neighbours are alike
+    assert len(set(widths)) < 8  # of 16 groups some neighbours are alike
     for i in range(255):
         assert widths[i] != widths[i + 1] or weight.order[i] < weight.order[i + 1]
 
@@ -383,7 +384,7 @@ def test_a_tie_goes_to_the_first_name_then_to_the_first_rows() -> None:
     assert [layers.sites[name].weight.bits[0] for name in "amz"] == [4, 3, 3]
     rows = allocate_bits(sites, cost, Budget(3.5))
     assert rows.sites["a"].weight == RowGroups.uniform(256, 4)
-    assert rows.sites["m"].weight == RowGroups(256, (4,) * 4 + (3,) * 4, 32)  # the model's order: order is None
+    assert rows.sites["m"].weight == RowGroups(256, (4,) * 8 + (3,) * 8, 16)  # the model's order: order is None
     assert rows.sites["z"].weight == RowGroups.uniform(256, 3)
 
 

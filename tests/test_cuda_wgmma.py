@@ -14,7 +14,6 @@ from vitq_kernels.spec import RowGroups
 
 WGMMA_TILES = [number for number, tile in enumerate(TILES) if tile.wgmma]
 SMALL = WGMMA_TILES[-1]
-IN_PARTS = [number for number in WGMMA_TILES if len(TILES[number].parts()) > 1]
 
 
 @pytest.mark.parametrize("tile", [n for n in WGMMA_TILES if TILES[n].cluster > 1])
@@ -33,7 +32,7 @@ def test_every_wait_is_needed(planted: Any, tile: int) -> None:
             assert fails_under_some_seed(case), f"without the wait of line {line} the numbers are the same"
 
 
-@pytest.mark.parametrize("tile", IN_PARTS)
+@pytest.mark.parametrize("tile", WGMMA_TILES)
 def test_every_wait_of_parts_is_needed(planted: Any, tile: int) -> None:
     """The cluster's at the begin, when sums are staged and at the end; stages; and that before they are overwritten."""
     # More slices than stages, so that sums land where others still multiply.
@@ -50,7 +49,7 @@ def test_every_wait_of_parts_is_needed(planted: Any, tile: int) -> None:
     "groups", [RowGroups.uniform(130, 5), RowGroups.uniform(136, 8), MIXED], ids=["5", "8", "mixed"]
 )
 @pytest.mark.parametrize("m", [1, 16, 17, 63, 65, 257])
-@pytest.mark.parametrize("tile", IN_PARTS)
+@pytest.mark.parametrize("tile", WGMMA_TILES)
 def test_every_share_of_the_tokens(planted: Any, tile: int, m: int, groups: RowGroups) -> None:
     """Of a block that has none, some or all; odd rows, and those that are stored in another order."""
     with forced(Plan(tile, 4)):
@@ -68,7 +67,7 @@ def test_a_planted_fault_is_caught(planted: Any, fault: str) -> None:
 @pytest.mark.parametrize("tile", WGMMA_TILES)
 def test_any_schedule_gives_the_same(planted: Any, tile: int, seed: int) -> None:
     planted.set_seed(seed)
-    with forced(Plan(tile, 2 if tile in IN_PARTS else 1)):
+    with forced(Plan(tile, 2)):
         check(linear_case(MIXED, 100, 400, kind="extreme"), "cpu")
 
 
@@ -89,7 +88,6 @@ def test_it_is_chosen_on_hopper_alone(cc: int) -> None:
 def test_parts_are_those_that_fill_a_stage_twice() -> None:
     """On Hopper in one launch; beside them mma.sync's, whose sums go through memory."""
     plans = candidates(Problem(197, 768, 768, 8, False, False), Gpu(90, 132))
-    assert {plan.parts for plan in plans if plan.tile in IN_PARTS} == {1, 2}
-    assert {plan.parts for plan in plans if plan.tile in WGMMA_TILES and plan.tile not in IN_PARTS} == {1}
+    assert {plan.parts for plan in plans if plan.tile in WGMMA_TILES} == {1, 2}
     assert not any(plan.has_workspace for plan in plans if plan.tile in WGMMA_TILES)
     assert all(plan.has_workspace == (plan.parts > 1) for plan in plans if plan.tile not in WGMMA_TILES)

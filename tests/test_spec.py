@@ -23,7 +23,6 @@ from vitq_kernels.spec import (
     Site,
     SiteBits,
     check_bits,
-    default_group_rows,
     groups_from_dict,
     groups_to_dict,
 )
@@ -101,11 +100,6 @@ def test_a_bad_site_is_named(site: Callable[[], Site], message: str) -> None:
 def test_which_sites_have_weights_and_are_in_blocks() -> None:
     assert [site.has_weight for site in SITES] == [True, True, False, False, True, True]
     assert [site.in_block for site in SITES] == [False, True, True, True, True, False]
-
-
-@pytest.mark.parametrize(("rows", "group"), [(1, 16), (127, 16), (128, 32), (1023, 32), (1024, 64), (3072, 64)])
-def test_default_group_rows(rows: int, group: int) -> None:
-    assert default_group_rows(rows) == group
 
 
 # Row groups

@@ -72,7 +72,7 @@ def allocate_bits(
         boundary_bits: width of weights and inputs of patch embedding and head, 2..8.
         candidates: widths to choose from, ascending, each in 2..8.
         granularity: "rows", or "layer" for one width a layer.
-        group_rows: rows a group, a divisor of 256; None: ``default_group_rows`` of the layer.
+        group_rows: rows a group, a divisor of 256; None: 16.
         interactions: by two sites, [len(candidates), len(candidates)]: what a width of the one and a width of the other
             cost together beyond each alone, of any sign. Needs "layer", and activations fixed or tied.
         times: kernel times, for ``latency_ms``. A group of rows takes its share of the layer's time at its width.

@@ -124,7 +124,7 @@ ActCandidates = Annotated[
 ]
 GroupRows = Annotated[
     int | None,
-    typer.Option(callback=one_of((16, 32, 64)), help="output rows that share a width: 16, 32, 64; default: by layer"),
+    typer.Option(callback=one_of((16, 32, 64)), help="output rows that share a width: 16, 32, 64; default: 16"),
 ]
 Strategy = Annotated[
     str,

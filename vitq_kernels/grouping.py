@@ -1,4 +1,4 @@
-"""Rows of a layer that get one width: sorted by cost inside their tile, cut into groups, and put back as RowGroups."""
+"""Rows of a layer that get one width: sorted by cost, four groups of them at a time, and put back as RowGroups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_kernels.spec import TILE_ROWS, RowGroups, Site, default_group_rows
+from vitq_kernels.spec import GROUP_ROWS, TILE_ROWS, RowGroups, Site
+
+SORTED_GROUPS = 4  # that are sorted together: 64 rows, which every kernel has at once; more for larger groups
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,27 @@ class Groups:
 
 
 def cut(free: Sequence[Site], tables: Mapping[str, np.ndarray], layer: bool, group_rows: int | None) -> Groups:
-    """Sorts the rows inside each tile by cost and cuts them into groups; a layer is the case of one large tile.
+    """Sorts the rows of every four groups by cost and cuts them into groups; a layer is the case of one large group.
 
     Args:
         free: linears.
         tables: cost of each row at each width, [N, widths], or of the whole layer, [1, widths], by site name.
         layer: one group a layer.
-        group_rows: rows a group; None: ``default_group_rows`` of the layer.
+        group_rows: rows a group; None: ``GROUP_ROWS``.
     """
     found, orders, order_bytes = [], {}, 0
     for site in free:
         table = tables[site.name]
-        tile_rows, size = (site.rows,) * 2 if layer else (TILE_ROWS, group_rows or default_group_rows(site.rows))
+        size = site.rows if layer else group_rows or GROUP_ROWS
+        together = site.rows if layer else min(SORTED_GROUPS * size, TILE_ROWS)
         key = np.broadcast_to(-table[:, table.shape[1] // 2], site.rows)
         # lexsort is stable: rows of equal cost, and so all rows of a layer's own cost, keep the model's order.
-        order = orders[site.name] = np.lexsort((key, np.arange(site.rows) // tile_rows))
-        for tile in range(0, site.rows, tile_rows):
-            end = min(tile + tile_rows, site.rows)
-            order_bytes += end - tile if end - tile > size else 0
-            for start in range(tile, end, size):
+        order = orders[site.name] = np.lexsort((key, np.arange(site.rows) // together))
+        tiles = (min(TILE_ROWS, site.rows - first) for first in range(0, site.rows, TILE_ROWS))
+        order_bytes += sum(rows for rows in tiles if rows > size)
+        for first in range(0, site.rows, together):
+            end = min(first + together, site.rows)
+            for start in range(first, end, size):
                 rows = order[start : min(start + size, end)]
                 # len(rows) / site.rows is exactly 1 for a layer: its own cost must not pick up a rounding error.
                 cost = table[rows].sum(axis=0) if len(table) > 1 else table[0] * (len(rows) / site.rows)
@@ -62,6 +66,5 @@ def row_groups(groups: Groups, bits: Sequence[int], group_rows: int | None) -> d
         # keeps the model's order.
         run = np.cumsum(np.diff(np.repeat(widths, rows), prepend=0) != 0)
         order = order[np.lexsort((order, run, np.arange(len(order)) // TILE_ROWS))]
-        size = group_rows or default_group_rows(len(order))
-        result[name] = RowGroups(len(order), tuple(widths), size, tuple(order.tolist()))
+        result[name] = RowGroups(len(order), tuple(widths), group_rows or GROUP_ROWS, tuple(order.tolist()))
     return result

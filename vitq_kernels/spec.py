@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 from vitq_kernels.budget import Budget as Budget  # a word of the vocabulary
 
 MIN_BITS, MAX_BITS = 2, 8
-TILE_ROWS = 256  # rows a kernel stages together; the order of rows is free inside a tile (docs/semantics.md)
+TILE_ROWS = 256  # the order of rows is free inside a tile (docs/semantics.md)
+GROUP_ROWS = 16  # of one width, unless asked otherwise: four such groups are the 64 rows that a kernel has together
 
 SiteKind = Literal["patch_embed", "qkv", "qk", "av", "proj", "fc1", "fc2", "reduction", "head"]
 
@@ -77,14 +78,6 @@ class Site:
     def in_block(self) -> bool:
         """True for the sites of transformer blocks and patch mergings, False for patch embedding and head."""
         return self.kind not in ("patch_embed", "head")
-
-
-def default_group_rows(rows: int) -> int:
-    """Rows per group: 64, the M operand of an MMA tile, or less where a layer is small (docs/semantics.md).
-
-    ViT-Tiny, of 192 to 768 rows, at a mean of 3 bits: KL .517 with 64-row groups in its larger layers, .472 with 32.
-    """
-    return 64 if rows >= 1024 else 32 if rows >= 128 else 16
 
 
 @dataclass(frozen=True)

@@ -83,21 +83,13 @@ inline void copy_box_into(void* shared, const TensorMap& map, const unsigned cha
 
 }  // namespace emulation
 
-inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier, unsigned blocks) {
+inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
   emulation::check_shared(shared, 16, "cp.async.bulk");
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     throw std::runtime_error("emulation: cp.async.bulk takes whole chunks of 16 bytes");
   }
-  for (unsigned rank = 0; blocks >> rank != 0; ++rank) {
-    if (!(blocks >> rank & 1)) continue;
-    void* target = emulation::place_in_block(shared, rank);
-    std::memset(target, emulation::kUnderWay, bytes);
-    emulation::copy_behind_barrier(emulation::place_in_block(barrier, rank), bytes,
-                                   [=] { std::memcpy(target, global, bytes); });
-  }
-}
-inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
-  copy_bulk(shared, global, bytes, barrier, 1u << emulation::cluster_rank());
+  std::memset(shared, emulation::kUnderWay, bytes);
+  emulation::copy_behind_barrier(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
 
 inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier, unsigned blocks) {

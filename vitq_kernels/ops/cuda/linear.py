@@ -106,9 +106,9 @@ def _linear(
     a2d, out = _rows(a), a.new_empty((*a.shape[:-1], n), dtype=out_dtype)
     m, k = a2d.shape
     gpu = gpu_of(a)
-    widest, ordered = w.present()[-1], w.order.shape[0] > 0
+    widest, reordered = w.present()[-1], w.order.shape[0] > 0
     native4 = w.input_bits <= 4 and widest <= 4 and gpu.cc in NATIVE_4BIT
-    plan = choose(Problem(m, n, k, widest, ordered, native4), gpu)
+    plan = choose(Problem(m, n, k, widest, reordered, native4, words=kind == REAL), gpu)
     partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.has_workspace else None
 
     # Held here until the launch: only their addresses are handed over.
@@ -127,7 +127,7 @@ def _linear(
     steps = -(-k // STEP_COLS)
     settled = all([is_settled(w.chunks), is_settled(w.groups)])  # both are noted
     arranged = module().LinearWeight(
-        *map(pointer, (w.chunks, w.groups, w.order if ordered else None)), w.groups.shape[0], steps, widest, settled
+        *map(pointer, (w.chunks, w.groups, w.order if reordered else None)), w.groups.shape[0], steps, widest, settled
     )
     sizes = (m, n, k)
     launch(

@@ -8,14 +8,14 @@ one SM, for a tile of R rows and T tokens and steps of 64 columns:
     chain = FILL + steps max(mma, load) + R T (EPILOGUE / 128 + REORDER)   one block from start to end
     time  = max(ceil(n/r) chain, n steps max(mma, load))                   n blocks an SM, r at a time
 
-(where reordered rows meet a tile that is smaller than their window, SCATTER instead of REORDER, which no other block
-hides; all outputs of wgmma pass through shared memory, those of the window's tile find their rows there for nothing)
-plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop of mma.sync is
-hidden under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``, ``l2``, FILL,
-EPILOGUE and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of device_check).
+(REORDER where rows of several widths pass through shared memory; all outputs of wgmma do, and find their rows there for
+nothing) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop of
+mma.sync is hidden under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``,
+``l2``, FILL, EPILOGUE and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of
+device_check).
 
 On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, a step waits for shared memory too (tokens read
-by each warpgroup, bytes that arrive, words unpacked: docs/cuda_cost_model.md), and a block fills its stages only once:
+by each warpgroup, bytes that arrive, weights read: docs/cuda_cost_model.md), and a block fills its stages only once:
 FILL + n (steps max(mma, load, shared) + way out). How much of one warpgroup's way out lies under the other's products
 is not known, so nothing of it is counted. Parts of K are the blocks of a cluster there, in one launch: each has the
 steps of a part and a share of the way out, and in between
@@ -31,15 +31,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
-from vitq_kernels.ops.mma_fragments import CHUNK_BYTES, GROUP_ROWS, PLANES_OF, STEP_COLS
+from vitq_kernels.ops.mma_fragments import GROUP_ROWS, STEP_COLS
 
 FILL_CLOCKS = 1500  # vectors and first stages from memory
 EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
-REORDER_CLOCKS = 0.04  # an output that finds its row through shared memory: 0.02 a code, 0.07 a float
-SCATTER_CLOCKS = 0.2  # one stored alone: 32 of them touch 2 lines (codes) to 8 (floats) of 128 bytes
+REORDER_CLOCKS, REORDER_WORD_CLOCKS = 0.02, 0.07  # an output that finds its row through shared memory: code, word
 LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
-WINDOW_ROWS = 256  # reordered rows stay in it: a tile that holds it stores whole sectors
 PARTS = (1, 2, 3, 4, 6, 8, 12)
 WGMMA_PARTS = (1, 2, 4)  # the blocks of a cluster
 MEETING_CLOCKS = 1000  # two barriers of a cluster, the first sums from another SM; assumed
@@ -59,11 +57,11 @@ class Tile:
     stages: int
     blocks: int  # an SM that the registers leave room for
     wgmma: bool = False  # Hopper's kernel
-    cluster: int = 1  # blocks that share tokens, one below the other; the window's share weights, side by side
+    cluster: int = 1  # blocks that share tokens, one below the other
 
     def parts(self) -> tuple[int, ...]:
-        """Into how many parts of K the kernel can cut; the window's tile of wgmma into none."""
-        return PARTS if not self.wgmma else WGMMA_PARTS if self.rows < WINDOW_ROWS else (1,)
+        """Into how many parts of K the kernel can cut."""
+        return WGMMA_PARTS if self.wgmma else PARTS
 
     def exchange_clocks(self, parts: int) -> float:
         """Clocks from the last product of a part on wgmma until its block has its share of the sums."""
@@ -71,30 +69,21 @@ class Tile:
         return MEETING_CLOCKS + sum_bytes / 128 + sum_bytes * (1 - 1 / parts) / DSMEM_BYTES if parts > 1 else 0.0
 
     def step_bytes(self, widest: int) -> int:
-        """Bytes of one step of 64 columns, for a weight whose widest group has ``widest`` bits."""
-        return self.tokens * STEP_COLS + self.rows // GROUP_ROWS * widest * CHUNK_BYTES
-
-    @property
-    def shares_weights(self) -> bool:
-        """Whether the blocks of a cluster have the same rows, else the same tokens."""
-        return self.wgmma and self.rows == WINDOW_ROWS
+        """Bytes of one step of 64 columns, for a weight whose widest rows have ``widest`` bits."""
+        return STEP_COLS * self.tokens + STEP_COLS * self.rows * widest // 8
 
     def copied_bytes(self, widest: int) -> float:
         """Bytes that a block asks of L2 for a step."""
-        tokens = self.tokens * STEP_COLS
-        shared = self.step_bytes(widest) - tokens if self.shares_weights else tokens
-        return self.step_bytes(widest) - shared * (1 - 1 / self.cluster)
+        return self.step_bytes(widest) - STEP_COLS * self.tokens * (1 - 1 / self.cluster)
 
     def blocks_of(self, rows: int, tokens: int) -> int:
         """How many blocks compute so many outputs: whole clusters."""
-        below, beside = (1, self.cluster) if self.shares_weights else (self.cluster, 1)
-        return -(-rows // (self.rows * below)) * -(-tokens // (self.tokens * beside)) * self.cluster
+        return -(-rows // (self.rows * self.cluster)) * -(-tokens // self.tokens) * self.cluster
 
     def shared_clocks(self, widest: int) -> float:
-        """Clocks of shared memory of a step of wgmma: 128 bytes each, and 4 for each load of a warp's weights."""
-        warpgroups = self.rows // GROUP_ROWS
-        loads = len(PLANES_OF[widest]) if widest < 8 else 2
-        return warpgroups * self.tokens * STEP_COLS / 128 + self.step_bytes(widest) / 128 + 4 * 4 * warpgroups * loads
+        """Clocks of shared memory of a step of wgmma: all bytes come in and are read, tokens by each warpgroup."""
+        read = STEP_COLS * (self.rows // GROUP_ROWS * self.tokens + self.rows * widest / 8)
+        return (read + self.step_bytes(widest)) / 128
 
     def shared_bytes(self, widest: int) -> int:
         """Shared memory of a block; mma.sync's staged outputs fit where the stages lay, wgmma's lie beside them."""
@@ -113,7 +102,6 @@ TILES = (
     Tile(256, 32, 128, 4, 3),
     Tile(64, 64, 64, 4, 6),
     Tile(128, 256, 384, 4, 1, wgmma=True, cluster=2),
-    Tile(256, 128, 640, 3, 1, wgmma=True, cluster=2),
     Tile(128, 64, 384, 4, 1, wgmma=True),
 )
 
@@ -160,9 +148,10 @@ class Problem:
     tokens: int
     rows: int
     cols: int
-    widest: int  # bits of the widest group
-    ordered: bool  # rows are stored in another order than the model's
+    widest: int  # bits of the widest rows
+    reordered: bool  # rows are stored in another order than the model's
     native4: bool  # 4-bit products
+    words: bool = False  # outputs are float32 until they are stored, not codes
 
     @property
     def steps(self) -> int:
@@ -260,10 +249,11 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     arch, tile = architecture(gpu), TILES[plan.tile]
     step = step_clocks(tile, problem, arch)
     steps = -(-problem.steps // plan.parts)
-    reorder = REORDER_CLOCKS if problem.ordered and tile.rows == WINDOW_ROWS and not tile.wgmma else 0.0
-    scatter = SCATTER_CLOCKS if problem.ordered and tile.rows < WINDOW_ROWS else 0.0
+    reorder = 0.0
+    if problem.reordered and not tile.wgmma:
+        reorder = REORDER_WORD_CLOCKS if problem.words or plan.has_workspace else REORDER_CLOCKS
     outputs = tile.rows * tile.tokens / (plan.parts if tile.wgmma else 1)  # that a block finishes
-    busy, way_out = steps * step + outputs * scatter, outputs * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
+    busy, way_out = steps * step, outputs * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
     blocks = tile.blocks_of(problem.rows, problem.tokens) * plan.parts
     if tile.wgmma and plan.parts > 1:  # a cluster is placed as a whole, and starts anew for each tile
         cluster = tile.cluster * plan.parts
