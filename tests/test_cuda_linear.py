@@ -22,15 +22,16 @@ from vitq_kernels.spec import RowGroups
 
 LINEAR_OPS = [op for op in CASES if op.startswith("linear")]
 # Rows: the last group is ragged; uniform rows are stored in order, mixed ones are not. Widths that are shuffled in 256
-# rows fill no quarter exactly; those of QUARTERS do, beside a group of one width.
+# rows fill no quarter exactly; those of QUARTERS do, beside a group of one width and a last one of 21 rows, whose step is
+# no multiple of the 512 bytes that a warp copies.
 SHUFFLED = [torch.randperm(n, generator=torch.manual_seed(n)).tolist() for n in (256, 200)]
 MIXED = RowGroups(328, (8, 2, 5, 3, 7, 4), 64, (*SHUFFLED[0], *range(256, 328)))
 NARROW = RowGroups(200, (4, 2, 3, 4), 64, tuple(SHUFFLED[1]))
 QUARTERS = RowGroups(
-    200,
-    (6, 2, 8, 3, *(5,) * 4, 7, 4, 4, 2, 3),
+    277,
+    (6, 2, 8, 3, *(5,) * 4, 2, 4, 4, 4, 7, 3, 3, 3, 3, 5),
     16,
-    tuple(start + i for start, n in ((0, 64), (64, 64), (128, 64), (192, 8)) for i in reversed(range(n))),
+    tuple(start + i for start in range(0, 277, 64) for i in reversed(range(min(64, 277 - start)))),
 )
 MMA_TILES = [number for number, tile in enumerate(TILES) if not tile.wgmma]
 
