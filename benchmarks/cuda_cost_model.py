@@ -6,7 +6,7 @@ Rates (CUDA programming guide, throughput of native arithmetic instructions; dat
 
 - tensor: 4096 int8 products an IMMA.16832, 8192 4-bit ones an IMMA.16864, at the dense peak of the architecture;
 - shared: 128 bytes a clock: LDSM.x4, LDS.128 and the writes of LDGSTS.128 take 4 clocks each, LDS.64 2 and LDS 1 (no
-  bank conflicts: tests/test_cuda_compile.py computes the addresses);
+  bank conflicts: a warp's weights lie side by side, tests/test_cuda_compile.py computes the addresses of tokens);
 - ALU (LOP3, SHF, PRMT, IADD3, ...) and FMA pipe (IMAD): 64 lanes a clock each; issue: 4 warp instructions a clock;
 - l2_per_clk: bytes that a step copies, a clock of the tensor cores; `tiles.py` assumes what L2 gives.
 """
@@ -48,8 +48,8 @@ sm_80 at half the rate of the tensor cores.
 |---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
 WAYS_OUT = """## The outputs' way out, and rows of several widths
 
-Each warp runs the loop of its own group, and the barriers keep a tile at the pace of its widest: the loop costs what
-the widest rows alone cost (above). What reordered rows add is the way of the outputs through shared memory. In clocks
+Each warp runs the loop of its own group, and the barriers keep a tile at the pace of its widest; what a loop that asks
+may add is above. What reordered rows add is the way of the outputs through shared memory. In clocks
 of the pipe that sets the pace, on sm_80 (a random order of the rows, whole tiles, no residual; GELU in the shorter of
 its forms): the direct way; the reordered one; what it adds, of the loop's tensor clocks and the direct way together.
 

@@ -196,16 +196,16 @@ def reorder_clocks(tile: Tile, words: bool, seed: int = 0) -> int:
     """Clocks of shared memory that a tile's reordered outputs take, bank conflicts included.
 
     As store_through_shared and store_staged of csrc/gemm_store.cuh access it; the rows are those of a layer whose
-    groups have half of their rows, at random, of 8 bits and half of 4.
+    groups have a quarter of their rows, at random, of each of four widths.
     """
     return sum(bank_clocks(access) for access in accesses(tile, shuffled_order(tile.rows, seed), words))
 
 
 def shuffled_order(rows: int, seed: int) -> list[int]:
-    """The stored order of rows of which half of every group, at random, have 8 bits and half 4."""
+    """The stored order of rows of which a quarter of every group, at random, has each of four widths."""
     chance = random.Random(seed)
     rows_of = [chance.sample(range(first, first + GROUP_ROWS), GROUP_ROWS) for first in range(0, rows, GROUP_ROWS)]
-    bits = (8, 8, 4, 4) * len(rows_of)
+    bits = (8, 6, 4, 3) * len(rows_of)
     return place_rows(RowGroups(rows, bits, GROUP_ROWS // QUARTERS, tuple(itertools.chain(*rows_of))))[0]
 
 
@@ -259,7 +259,7 @@ def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:
 
 
 def _jumps(instruction: Instruction) -> bool:
-    return instruction.name.split(".")[0] in ("BRA", "BRX", "EXIT", "RET") or _calls(instruction) is not None
+    return instruction.name.split(".")[0] in ("BRA", "BRX", "BRXU", "EXIT", "RET") or _calls(instruction) is not None
 
 
 def _calls(instruction: Instruction) -> int | None:

@@ -22,21 +22,31 @@ WEIGHTS: dict[str, Callable[[str], float]] = {
 HEAD = """
 Where the rows of a group have several widths, a warp asks at each quarter of 16. The most that one step can take, on
 the costliest way through that loop for each pipe by itself, whatever the widths are; and the fullest of these pipes in
-percent of the tensor cores, beside that of the 8-bit loop.
+percent of the tensor cores, beside that of the loop of the widest alone.
 
-| arch | operands | tile | tensor | shared | ALU | FMA | issue | fullest | with 8 bits alone |
+| arch | operands | tile | tensor | shared | ALU | FMA | issue | fullest | widest alone |
 |---|---|---|---|---|---|---|---|---|---|""".splitlines()
 
 
 def costliest(kernel: Kernel, loop: Sequence[Instruction]) -> dict[str, float]:
-    """Most clocks that one warp's turn keeps each pipe busy, on an SM that runs nothing else."""
+    """Most clocks that one warp's turn keeps each pipe busy, on an SM that runs nothing else.
+
+    Raises:
+        ValueError: not all of the loop lies between its first and its last instruction.
+    """
     start, end = loop[0].address, loop[-1].address
-    inside = {address: block for address, block in blocks(kernel).items() if start <= address <= end}
+    graph = blocks(kernel)
+    inside = {address: block for address, block in graph.items() if start <= address <= end}
+    for address, block in graph.items():
+        # Into the middle of the loop from outside or from further on: a wait turns round, a case of a switch must not.
+        enters = [to for to in block.following if to in inside and to != start and not start <= address < to]
+        if any(class_of(i.name).startswith("LDS") for at in (address, *enters) for i in graph[at].body if enters):
+            raise ValueError(f"{kernel.name}: a part of the loop at {start:#x} lies at {address:#x}")
     return {pipe: _longest(inside, weight) for pipe, weight in WEIGHTS.items()}
 
 
 def row(arch: str, operands: str, tile: str, bound: dict[str, float], alone: dict[str, float]) -> str:
-    """A line of the table: clocks of a step of a block, the costliest and those of the 8-bit loop."""
+    """A line of the table: clocks of a step of a block, the costliest and those of the widest alone."""
     clocks = " | ".join(f"{bound[pipe]:.0f}" for pipe in ("tensor", *WEIGHTS))
     return f"| {arch} | {operands} | {tile} | {clocks} | {fullest(bound)} | {fullest(alone)} |"
 

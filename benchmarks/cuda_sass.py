@@ -134,9 +134,9 @@ def _short(demangled: str) -> str:
         kind, native, rows, tokens, fragments = gemm.groups()
         size = f"{64 * int(rows)}x{16 * int(tokens) * int(fragments)}"
         return f"gemm_kernel<{EPILOGUES[int(kind)]}, {'s4' if native == 'true' else 's8'}, {size}>"
-    wgmma = re.match(r"wgmma_kernel<\(Epilogue\)(\d), WgmmaTile<(\d), (\d+), \d+, \d+>", name)
+    wgmma = re.match(r"wgmma_kernel<\(Epilogue\)(\d), WgmmaTile<(\d+), \d+, \d+>", name)
     if wgmma:
-        return f"wgmma_kernel<{EPILOGUES[int(wgmma.group(1))]}, {64 * int(wgmma.group(2))}x{wgmma.group(3)}>"
+        return f"wgmma_kernel<{EPILOGUES[int(wgmma.group(1))]}, 128x{wgmma.group(2)}>"
     attention = re.match(r"attention_wgmma_kernel<hopper_attention::Shape<(\d+), (\d+), (true|false), \d+> ?>", name)
     if attention:
         dim, keys, whole = attention.groups()

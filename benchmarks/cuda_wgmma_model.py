@@ -33,7 +33,7 @@ IGMMAS = 2 * STEPS_OF_STAGE  # of a slice
 WIDTH_BYTES = 4 * STEPS_OF_STAGE  # that a lane loads of a slice for each bit of the weights' width
 DEPTHS = (768, 1024, 3072, 4096)
 MIXED_HEAD = """
-The way out where the rows of each group have two widths, at random: they are staged where they belong, and only there
+The way out where the rows of each group have four widths, at random: they are staged where they belong, and only there
 may lanes meet in a bank. On the fullest pipe, beside one width, and what that adds at K = 768 (real is float32, GELU in
 the shorter of its forms).
 

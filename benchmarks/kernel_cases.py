@@ -30,9 +30,10 @@ from benchmarks.built_case import Built
 from benchmarks.kernel_backend import Layer
 from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
 from benchmarks.row_cases import SEED, PatchCase, RowCase
+from vitq_kernels.ops.bit_planes import WINDOW_ROWS
 from vitq_kernels.packing import pack_weight, unpack_weight
 from vitq_kernels.roofline import Work
-from vitq_kernels.spec import GROUP_ROWS, QuantFormat, RowGroups
+from vitq_kernels.spec import DEFAULT_GROUP_ROWS, QuantFormat, RowGroups
 
 MIXED = (6, 3, 4)  # widths of a mixed layer's groups, in turn; the widest first
 GELU_LEVELS = 16  # as a 4-bit codebook has
@@ -60,13 +61,19 @@ class LinearCase:
 
     @property
     def groups(self) -> RowGroups:
-        """The widths of the rows: as ``allocate`` gives them, at random inside every 64."""
+        """The widths of the rows: as ``allocate`` gives them, at random inside every 64.
+
+        Every other 128 rows are without the widest, so that Triton's windows differ.
+        """
         chance, order = random.Random(SEED), []
-        for first in range(0, self.n, 4 * GROUP_ROWS):
-            rows = range(first, min(first + 4 * GROUP_ROWS, self.n))
+        for first in range(0, self.n, 4 * DEFAULT_GROUP_ROWS):
+            rows = range(first, min(first + 4 * DEFAULT_GROUP_ROWS, self.n))
             order += chance.sample(rows, len(rows))
-        widths = itertools.islice(itertools.cycle(self.widths), -(-self.n // GROUP_ROWS))
-        return RowGroups(self.n, tuple(widths), GROUP_ROWS, tuple(order))
+        widths: list[int] = []
+        for first, given in zip(range(0, self.n, WINDOW_ROWS), itertools.cycle((self.widths, self.widths[1:]))):
+            count = -(-min(WINDOW_ROWS, self.n - first) // DEFAULT_GROUP_ROWS)
+            widths += itertools.islice(itertools.cycle(given or self.widths), count)
+        return RowGroups(self.n, tuple(widths), DEFAULT_GROUP_ROWS, tuple(order))
 
     @property
     def layer(self) -> Layer:

@@ -9,7 +9,7 @@
 //             linear.cu adds.
 // Pipeline    kStages steps of 64 columns in shared memory, copied by cp.async, one barrier a step. Tokens lie in lines
 //             of 128 bytes, two tokens a line, the 16-byte chunk c of line l at chunk c ^ (l % 4): ldmatrix and the
-//             copies are free of bank conflicts. Weights lie as in global memory: a lane reads back its own 16 bytes.
+//             copies are free of bank conflicts. Weights lie as in global memory, a quarter's planes one behind the other.
 // Row order   A lane ends with 16 consecutive stored rows of consecutive tokens: 16-byte stores of codes, no exchange.
 //             Where quarters of several widths reorder the rows of groups, outputs pass through shared memory.
 // Widths      A warp whose group has one width runs the loop of that width, else one that asks at each quarter; all in
@@ -103,15 +103,16 @@ struct Pipeline {
 };
 
 // One step of a warp: its tokens times its group.
+// of_lane: where the lane's first matrix row begins in the tokens.
 template <int kBits, bool kNative4, int kTokenFragments>
 __device__ __forceinline__ void multiply_step(Accumulators<kTokenFragments>& acc, const unsigned char* tokens,
-                                              const unsigned char* chunks, Widths widths) {
+                                              int of_lane, const unsigned char* chunks, Widths widths) {
   uint32_t a[kTokenFragments][2][4];
 #pragma unroll
   for (int m = 0; m < kTokenFragments; ++m) {
-    const int lane = lane_index(), token = 16 * m + lane % 16, chunk = lane / 16;
-    load_matrices(a[m][0], tokens + token_offset(token, chunk));
-    load_matrices(a[m][1], tokens + token_offset(token, chunk + 2));
+    constexpr int kFragmentBytes = 16 * kStepColumns, kTwoChunks = 32;  // token_offset of 16 tokens, 2 chunks further
+    load_matrices(a[m][0], tokens + of_lane + m * kFragmentBytes);
+    load_matrices(a[m][1], tokens + (of_lane ^ kTwoChunks) + m * kFragmentBytes);
   }
   if constexpr (kNative4) {
     // Codes of 4 bits in bytes to nibbles, paired as the weights': the first register of an mma of bytes in the upper.
@@ -159,6 +160,12 @@ __device__ __forceinline__ void multiply(Accumulators<T::kTokenFragments>& acc, 
   const int steps = pipeline.last_step - pipeline.step;
   const int tokens = pipeline.token_warp * T::kWarpTokens * kStepColumns;
   const int chunks = T::kTokenBytes + row_warp * kQuarters * widest * kChunkBytes;
+  int of_lane = token_offset(static_cast<int>(lane_index() % 16), static_cast<int>(lane_index() / 16));
+  // Else the loop that asks for widths computes them again at each step: 20 instructions.
+  hold(of_lane);
+  hold(pipeline.token_target);
+  hold(pipeline.group_target);
+  hold(pipeline.tokens_left);
 #pragma unroll
   for (int s = 0; s < T::kStages - 1; ++s) pipeline.template load<kBits>();
   for (int i = 0; i < steps; ++i) {
@@ -167,7 +174,7 @@ __device__ __forceinline__ void multiply(Accumulators<T::kTokenFragments>& acc, 
     pipeline.template load<kBits>();
     if constexpr (kBits != 0) {
       const unsigned char* stage = pipeline.stages + pipeline.read_stage;
-      multiply_step<kBits, kNative4, T::kTokenFragments>(acc, stage + tokens, stage + chunks, widths);
+      multiply_step<kBits, kNative4, T::kTokenFragments>(acc, stage + tokens, of_lane, stage + chunks, widths);
     }
     pipeline.read_stage = pipeline.next(pipeline.read_stage);
   }

@@ -446,9 +446,9 @@ void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream
 template <Epilogue kKind>
 void launch_wgmma(const GemmArguments& with, int tile, int parts, cudaStream_t stream);
 
-#define VITQ_WGMMA_CASE(index, workers, tokens, stages, cluster) \
-  case index:                                                    \
-    return launch_wgmma_tile<kKind, WgmmaTile<workers, tokens, stages, cluster>>(with, parts, stream);
+#define VITQ_WGMMA_CASE(index, tokens, stages, cluster) \
+  case index:                                           \
+    return launch_wgmma_tile<kKind, WgmmaTile<tokens, stages, cluster>>(with, parts, stream);
 
 // Defines launch_wgmma of one kind.
 #define VITQ_DEFINE_WGMMA_LAUNCH(kind)                                                           \

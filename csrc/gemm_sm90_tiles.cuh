@@ -6,26 +6,26 @@
 
 namespace vitq {
 
-// Tiles as data, numbered on from VITQ_GEMM_TILES: index, warpgroups that multiply (64 rows each), tokens, stages, and the
-// blocks, one below the other, that share tokens. These are a cluster; where K is cut into parts, those of all parts are.
+// Tiles as data, numbered on from VITQ_GEMM_TILES: index, tokens, stages, and the blocks, one below the other, that share
+// tokens. These are a cluster; where K is cut into parts, those of all parts are.
 #define VITQ_WGMMA_TILES(X) \
-  X(6, 2, 256, 4, 2)        \
-  X(7, 2, 64, 4, 1)
+  X(6, 256, 4, 2)           \
+  X(7, 64, 4, 1)
 
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kStepsOfStage = 2;  // of 64 columns: the 128 bytes that the swizzle spans
 constexpr int kTokenLine = kStepsOfStage * kStepColumns;
 
-template <int kWorkers_, int kTokens_, int kStages_, int kCluster_>
+template <int kTokens_, int kStages_, int kCluster_>
 struct WgmmaTile {
-  static constexpr int kWorkers = kWorkers_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr int kWorkers = 2;  // warpgroups that multiply, 64 rows each
+  static constexpr int kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kRows = kGroupRows * kWorkers;
   // Of K, a power of two: the largest cluster then has 8 blocks, which every GPU with clusters holds.
   static constexpr int kMostParts = 4;
   // One thread of the last warpgroup loads. A sub-partition of the SM has a quarter of the registers and a warp of each
   // warpgroup, so a kernel starts with 65536 / threads each; the loading warpgroup gives most of its own to the workers
   // (setmaxnreg: 2 * 224 + 56 = 504 of 3 * 168).
-  static_assert(kWorkers == 2, "the registers are those of two");
   static constexpr int kThreads = kWarpgroup * (kWorkers + 1);
   static constexpr int kLoaderRegisters = 56, kWorkerRegisters = 224;
   static constexpr int kWorkerThreads = kWarpgroup * kWorkers;

@@ -93,7 +93,7 @@ struct EpilogueArguments {
 struct LinearWeight {
   const uint8_t* chunks;
   const int32_t* groups;  // [group_count, 2]: bits of the four quarters, a byte each, and the offset in chunks
-  const int32_t* order;   // [64 * group_count]: model row of each stored row, N where there is none; null: the same
+  const int32_t* order;   // [64 * group_count]: model row of each stored row, of the same 64; null: the same
   int group_count, steps, widest;
   bool settled;  // what wrote chunks and groups had completed before the kernel in front of this one began
 };
@@ -111,7 +111,7 @@ int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);
 
 // a int8 [tokens, columns], rows `a_stride` bytes apart, both multiples of 16 and zero beyond K, to out [tokens, rows].
 // parts > 1: of K. On wgmma, where they are 2 or 4, one kernel adds them; else partial int32 [parts, tokens, rows]
-// receives their sums, which a second one adds. native4: a holds codes of 4 bits, the weight no group above 4, and the
+// receives their sums, which a second one adds. native4: a holds codes of 4 bits, the weight no rows above 4, and the
 // GPU is an sm_80, 86 or 89.
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
             EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,

@@ -112,9 +112,9 @@ namespace {
 #define VITQ_TILE_ROW(index, row_warps, token_warps, fragments, stages, blocks) \
   case index:                                                                   \
     return on_mma(Tile<row_warps, token_warps, fragments, stages, blocks>());
-#define VITQ_WGMMA_ROW(index, workers, tokens, stages, cluster) \
-  case index:                                                   \
-    return on_wgmma(WgmmaTile<workers, tokens, stages, cluster>());
+#define VITQ_WGMMA_ROW(index, tokens, stages, cluster) \
+  case index:                                          \
+    return on_wgmma(WgmmaTile<tokens, stages, cluster>());
 
 // Calls the function of its kind with a tile.
 template <class OnMma, class OnWgmma>

@@ -38,6 +38,9 @@ __device__ __forceinline__ void follow_predecessor() {
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
+// Keeps the compiler from computing a word again behind this place to spare a register.
+__device__ __forceinline__ void hold(int& word) { asm volatile("" : "+r"(word)); }
+
 // The block's dynamic shared memory, aligned for every access.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char vitq_shared[];

@@ -165,9 +165,6 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from computing a word again behind this place to spare a register.
-__device__ __forceinline__ void hold(int& word) { asm volatile("" : "+r"(word)); }
-
 // Keeps the compiler from moving what writes or reads these registers across this place: it does not see that a wgmma
 // under way still uses them.
 template <int kCount, typename Word>

@@ -104,9 +104,11 @@ struct QuarterStep {
     static_assert(kBits <= 4);
     if constexpr (kBits == 4) return word_of<kRegister / 2>(plane4);
     const uint32_t twos = kRegister < 4 ? plane2.x : plane2.y;
-    uint32_t result = part_of<2, kRegister % 4, 6>(twos) | part_of<2, kRegister % 4 + 1, 2>(twos);
-    if constexpr (kBits == 3) {
-      result |= part_of<1, kRegister % 8, 5>(plane1) | part_of<1, kRegister % 8 + 1, 1>(plane1);
+    uint32_t result = part_of<2, kRegister % 4, 6>(twos);
+    result |= part_of<2, kRegister % 4 + 1, 2>(twos);
+    if constexpr (kBits == 3) {  // one by one: each is a LOP3 that masks and adds
+      result |= part_of<1, kRegister, 5>(plane1);
+      result |= part_of<1, kRegister + 1, 1>(plane1);
     }
     return result;
   }

@@ -22,7 +22,7 @@ from vitq_kernels.compare_plot import write_plot
 from vitq_kernels.compare_rows import Comparison, ComparisonRow, Verdict, image_kl, standard_error
 from vitq_kernels.data import digits_images, load_digits_vit
 from vitq_kernels.presets import PRESETS
-from vitq_kernels.spec import GROUP_ROWS, BitAllocation
+from vitq_kernels.spec import DEFAULT_GROUP_ROWS, BitAllocation
 from vitq_kernels.strategies import BY_ROW, BY_SENSITIVITY, WITHOUT_SCORES, rules_of
 
 module = importlib.import_module("vitq_kernels.compare")  # the package's attribute of this name is the function
@@ -165,7 +165,7 @@ def test_allocations_take_the_bytes_of_uniform_and_no_more(net: nn.Module, full:
     used = row_of(full, f"{method} allocation").weight_bytes
     assert used is not None
     blocks = [site for site in sites if site.in_block and site.has_weight]
-    group = max((GROUP_ROWS if method in BY_ROW else site.rows) * site.cols for site in blocks) // 8
+    group = max((DEFAULT_GROUP_ROWS if method in BY_ROW else site.rows) * site.cols for site in blocks) // 8
     orders = sum(site.rows for site in blocks) if method in BY_ROW else 0
     assert budget - group - orders < used <= budget
     assert row_of(full, "uniform").weight_bytes == budget

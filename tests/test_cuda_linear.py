@@ -22,14 +22,14 @@ from vitq_kernels.spec import RowGroups
 
 LINEAR_OPS = [op for op in CASES if op.startswith("linear")]
 # Rows: the last group is ragged; uniform rows are stored in order, mixed ones are not. Widths that are shuffled in 256
-# rows fill no quarter exactly; those of QUARTERS do, beside a group of one width and a last one of 21 rows, whose step is
-# no multiple of the 512 bytes that a warp copies.
+# rows fill no quarter exactly. Those of QUARTERS do, beside a group of one width, one of nearly all bits, and one of 21
+# rows, whose step is no multiple of the 512 bytes that a warp copies; and outputs are stored one by one.
 SHUFFLED = [torch.randperm(n, generator=torch.manual_seed(n)).tolist() for n in (256, 200)]
 MIXED = RowGroups(328, (8, 2, 5, 3, 7, 4), 64, (*SHUFFLED[0], *range(256, 328)))
 NARROW = RowGroups(200, (4, 2, 3, 4), 64, tuple(SHUFFLED[1]))
 QUARTERS = RowGroups(
     277,
-    (6, 2, 8, 3, *(5,) * 4, 2, 4, 4, 4, 7, 3, 3, 3, 3, 5),
+    (6, 2, 8, 3, *(5,) * 4, 2, 4, 4, 4, 8, 8, 7, 8, 3, 5),
     16,
     tuple(start + i for start in range(0, 277, 64) for i in reversed(range(min(64, 277 - start)))),
 )
@@ -202,7 +202,8 @@ def test_four_bit_products(emulated: BackendCase, groups: RowGroups, kind: str) 
 def test_four_bit_products_of_every_tile(emulated: BackendCase, tile: int) -> None:
     for parts in (1, 2):
         with forced(Plan(tile, parts)):
-            check(linear_case(RowGroups.uniform(96, 4), 33, 192, a_bits=4), "cpu", input_bits=4)
+            for groups in (RowGroups.uniform(96, 4), NARROW):
+                check(linear_case(groups, 33, 192, a_bits=4), "cpu", input_bits=4)
 
 
 def test_operands_may_begin_anywhere(cuda: BackendCase) -> None:

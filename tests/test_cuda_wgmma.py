@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conformance import Case
-from tests.test_cuda_linear import MIXED, barrier_lines, check, fails_under_some_seed, linear_case
+from tests.test_cuda_linear import MIXED, QUARTERS, barrier_lines, check, fails_under_some_seed, linear_case
 from vitq_kernels.ops.cuda.tiles import TILES, Gpu, Plan, Problem, candidates, forced
 from vitq_kernels.spec import RowGroups
 
@@ -46,7 +46,9 @@ def test_every_wait_of_parts_is_needed(planted: Any, tile: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups", [RowGroups.uniform(130, 5), RowGroups.uniform(136, 8), MIXED], ids=["5", "8", "mixed"]
+    "groups",
+    [RowGroups.uniform(130, 5), RowGroups.uniform(136, 8), MIXED, QUARTERS],
+    ids=["5", "8", "mixed", "odd-mixed"],
 )
 @pytest.mark.parametrize("m", [1, 16, 17, 63, 65, 257])
 @pytest.mark.parametrize("tile", WGMMA_TILES)

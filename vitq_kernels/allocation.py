@@ -50,9 +50,10 @@ def allocate_bits(
     Costs are first made non-increasing in bits by a running minimum: codes of a narrower width are codes of a wider one
     too, so what the narrower reaches the wider reaches. (Pooling adjacent violators would raise measured costs.)
 
-    With ``granularity="rows"`` the rows of each 256-row tile are sorted by cost at the middle candidate,
-    ``candidates[len // 2]``, dearest first, then by index, and cut into groups of one width each. Order bytes are
-    budgeted as if every tile were mixed; where even the narrowest widths leave no room for them, layers stay whole.
+    With ``granularity="rows"`` the rows of every four groups (at least 64 rows, at most 256) are sorted by cost at the
+    middle candidate, ``candidates[len // 2]``, dearest first, then by index, and cut into groups of one width each.
+    Order bytes are budgeted as if every tile were mixed; where even the narrowest widths leave no room for them, layers
+    stay whole.
 
     A budget that holds all layers at the widest candidate gives just that. Otherwise ties are broken so that no width
     is wider than its cost justifies, and of groups of equal size the wider goes to the first by site name, then place.
@@ -72,7 +73,7 @@ def allocate_bits(
         boundary_bits: width of weights and inputs of patch embedding and head, 2..8.
         candidates: widths to choose from, ascending, each in 2..8.
         granularity: "rows", or "layer" for one width a layer.
-        group_rows: rows a group, a divisor of 256; None: 16.
+        group_rows: rows a group, a divisor of 256; None: ``DEFAULT_GROUP_ROWS``.
         interactions: by two sites, [len(candidates), len(candidates)]: what a width of the one and a width of the other
             cost together beyond each alone, of any sign. Needs "layer", and activations fixed or tied.
         times: kernel times, for ``latency_ms``. A group of rows takes its share of the layer's time at its width.

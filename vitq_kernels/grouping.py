@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_kernels.spec import GROUP_ROWS, TILE_ROWS, RowGroups, Site
+from vitq_kernels.spec import DEFAULT_GROUP_ROWS, TILE_ROWS, RowGroups, Site
 
-SORTED_GROUPS = 4  # that are sorted together: 64 rows, which every kernel has at once; more for larger groups
+LEAST_SORTED = 64  # rows that are sorted together: as many as every kernel has at once
+SORTED_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ def cut(free: Sequence[Site], tables: Mapping[str, np.ndarray], layer: bool, gro
         free: linears.
         tables: cost of each row at each width, [N, widths], or of the whole layer, [1, widths], by site name.
         layer: one group a layer.
-        group_rows: rows a group; None: ``GROUP_ROWS``.
+        group_rows: rows a group; None: ``DEFAULT_GROUP_ROWS``.
     """
     found, orders, order_bytes = [], {}, 0
     for site in free:
         table = tables[site.name]
-        size = site.rows if layer else group_rows or GROUP_ROWS
-        together = site.rows if layer else min(SORTED_GROUPS * size, TILE_ROWS)
+        size = site.rows if layer else group_rows or DEFAULT_GROUP_ROWS
+        together = site.rows if layer else min(max(LEAST_SORTED, SORTED_GROUPS * size), TILE_ROWS)
         key = np.broadcast_to(-table[:, table.shape[1] // 2], site.rows)
         # lexsort is stable: rows of equal cost, and so all rows of a layer's own cost, keep the model's order.
         order = orders[site.name] = np.lexsort((key, np.arange(site.rows) // together))
@@ -66,5 +67,5 @@ def row_groups(groups: Groups, bits: Sequence[int], group_rows: int | None) -> d
         # keeps the model's order.
         run = np.cumsum(np.diff(np.repeat(widths, rows), prepend=0) != 0)
         order = order[np.lexsort((order, run, np.arange(len(order)) // TILE_ROWS))]
-        result[name] = RowGroups(len(order), tuple(widths), group_rows or GROUP_ROWS, tuple(order.tolist()))
+        result[name] = RowGroups(len(order), tuple(widths), group_rows or DEFAULT_GROUP_ROWS, tuple(order.tolist()))
     return result

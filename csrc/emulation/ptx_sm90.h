@@ -137,7 +137,6 @@ void wgmma_wait() {
   emulation::wgmma_wait(kPending);
 }
 
-inline void hold(int&) {}
 template <int kCount, typename Word>
 void hold(Word (&)[kCount]) {}
 

@@ -10,9 +10,9 @@ one SM, for a tile of R rows and T tokens and steps of 64 columns:
 
 (REORDER where rows of several widths pass through shared memory; all outputs of wgmma do, and find their rows there for
 nothing) plus a launch, and for several parts a second launch and their sums' bytes. What b bits add to the loop of
-mma.sync is hidden under mma for every tile (benchmarks/results/cuda_cost_model.csv). Sizes are facts; ``reached``,
-``l2``, FILL, EPILOGUE and the launch are assumptions until a GPU has measured them (``cuda_microbenchmarks`` of
-device_check).
+mma.sync with 8-bit products is hidden under mma or load for every tile (benchmarks/results/cuda_cost_model.csv). Sizes
+are facts; ``reached``, ``l2``, FILL, EPILOGUE and the launch are assumptions until a GPU has measured them
+(``cuda_microbenchmarks`` of device_check).
 
 On Hopper wgmma takes the place of mma.sync: the rate is the whole peak, a step waits for shared memory too (tokens read
 by each warpgroup, bytes that arrive, weights read: docs/cuda_cost_model.md), and a block fills its stages only once:
@@ -35,7 +35,7 @@ from vitq_kernels.ops.mma_fragments import GROUP_ROWS, STEP_COLS
 
 FILL_CLOCKS = 1500  # vectors and first stages from memory
 EPILOGUE_INSTRUCTIONS = 12.0  # an output, on average over the epilogues
-REORDER_CLOCKS, REORDER_WORD_CLOCKS = 0.02, 0.07  # an output that finds its row through shared memory: code, word
+REORDER_CLOCKS, REORDER_WORD_CLOCKS = 0.02, 0.08  # an output that finds its row through shared memory: code, word
 LAUNCH_US = 2.5  # a kernel inside a graph (../shared/docs/kernels.md 5)
 NATIVE_4BIT = (80, 86, 89)  # with s4 products in the tensor cores; Hopper and later have none
 PARTS = (1, 2, 3, 4, 6, 8, 12)
