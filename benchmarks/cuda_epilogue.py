@@ -116,7 +116,13 @@ def _repeated(path: list[Instruction], times: float) -> list[Instruction]:
         reads = [place for place, i in enumerate(section) if i.name.startswith("LDS")]
         found += section
         if stores and reads and not is_barrier:
-            found += section[reads[0] : stores[-1] + 1] * (int(times) - 1)
+            turn = section[reads[0] : stores[-1] + 1]
+            bytes_left = (times - 1) * sum(map(stored_bytes, turn))  # the last turn may leave in its middle
+            for instruction in itertools.cycle(turn):
+                if bytes_left <= 0:
+                    break
+                found.append(instruction)
+                bytes_left -= stored_bytes(instruction)
     return found
 
 

@@ -10,7 +10,9 @@ namespace vitq {
 // tokens. These are a cluster; where K is cut into parts, those of all parts are.
 #define VITQ_WGMMA_TILES(X) \
   X(6, 256, 4, 2)           \
-  X(7, 64, 4, 1)
+  X(7, 192, 4, 2)           \
+  X(8, 128, 4, 2)           \
+  X(9, 64, 4, 1)
 
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kStepsOfStage = 2;  // of 64 columns: the 128 bytes that the swizzle spans

@@ -104,7 +104,7 @@ struct GemmTile {
   bool wgmma;   // for sm_90a alone
   int cluster;  // blocks that share tokens
 };
-constexpr int kGemmTiles = 8;
+constexpr int kGemmTiles = 10;
 GemmTile gemm_tile(int index);
 // Bytes of shared memory of a block; staged: its outputs are (is_staged of gemm_tiles.cuh).
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);

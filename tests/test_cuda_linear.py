@@ -249,10 +249,10 @@ def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tile": 8}, "no tile 8"),
+        ({"tile": 10}, "no tile 10"),
         ({"parts": 5}, r"parts must be in 1..4, got 5"),
         ({"tile": 6, "parts": 3}, "parts must be 1, 2 or 4 and at most 2 on wgmma, got 3"),
-        ({"tile": 7, "parts": 4}, "parts must be 1, 2 or 4 and at most 2 on wgmma, got 4"),
+        ({"tile": 9, "parts": 4}, "parts must be 1, 2 or 4 and at most 2 on wgmma, got 4"),
     ],
     ids=["tile", "parts", "wgmma-parts", "wgmma-stages"],
 )

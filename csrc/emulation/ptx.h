@@ -21,6 +21,7 @@ inline unsigned char* shared_memory() { return emulation::shared_memory_of_block
 inline void sync_warp() {
   emulation::collective("bar.warp.sync", nullptr, [](void* const*) {});
 }
+inline void hold(int&) {}
 
 inline void copy_async_16(void* shared, const void* global, unsigned valid = 16) {
   emulation::copy_async(shared, global, 16, valid);

@@ -102,6 +102,8 @@ TILES = (
     Tile(256, 32, 128, 4, 3),
     Tile(64, 64, 64, 4, 6),
     Tile(128, 256, 384, 4, 1, wgmma=True, cluster=2),
+    Tile(128, 192, 384, 4, 1, wgmma=True, cluster=2),
+    Tile(128, 128, 384, 4, 1, wgmma=True, cluster=2),
     Tile(128, 64, 384, 4, 1, wgmma=True),
 )
 
