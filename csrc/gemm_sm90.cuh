@@ -184,8 +184,9 @@ __device__ __forceinline__ void unpack_step(const unsigned char* chunks, int bit
   for (int i = 0; i < 4; ++i) a[0][i] = b[i % 2 * 4 + i / 2], a[1][i] = b[i % 2 * 4 + i / 2 + 2];
 }
 
-// All slices of a worker whose group has kBits, or kMixed; 0: it has no group, and only leaves the stages. The second step
-// of a slice is unpacked while the first one's products run; across slices the other worker keeps the tensor cores busy.
+// All slices of a worker whose group has kBits, or kMixed; 0: it has no group, and only leaves the stages. The second
+// step of a slice is unpacked while the first one's products run; across slices the other worker keeps the tensor cores
+// busy.
 template <int kBits, class T>
 __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], Ring<T>& ring, int slices,
                                                unsigned first_sharer, Widths widths) {
@@ -340,8 +341,8 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
   follow_predecessor();
   const Member<T> member(order);
   Ring<T> ring{with.weight.widest};
-  // The second worker begins when the last stage has been filled, which while the pipeline
-  // fills is that many slices later: from then on one's way out and the other's products take turns.
+  // The second worker begins when the last stage has been filled, which while the pipeline fills is that many slices
+  // later: from then on one's way out and the other's products take turns.
   if (warp_index() >= 4 && !order.in_parts() &&
       TilePlace<T>(order, member, 0, with.weight.steps).end_slice >= T::kStages) {
     delay_until(ring.full() + T::kStages - 1, 0);

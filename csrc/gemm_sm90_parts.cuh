@@ -52,7 +52,8 @@ __device__ __forceinline__ int first_of_run() {
 }
 
 // This block's share of the tile, after the barrier behind which all blocks of the cluster have staged theirs.
-// row: the first of the thread's run, whose vectors are given. first_block: of those with the same rows, T::kCluster blocks apart in the order of their parts.
+// row: the first of the thread's run, whose vectors are given. first_block: of those with the same rows, T::kCluster
+// blocks apart in the order of their parts.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void finish_share(const GemmArguments& with, const RunVectors& vectors, int row,
                                              int first_token, int part, int part_bits, unsigned first_block) {

@@ -7,8 +7,9 @@
 
 namespace vitq {
 
-// The tiles of gemm_sm80.cuh as data: index, warps along the rows, warps along the tokens, fragments of 16 tokens a warp, stages, blocks an
-// SM that the register budget leaves room for. gemm_tiles() shows them to Python, whose model chooses.
+// The tiles of gemm_sm80.cuh as data: index, warps along the rows, warps along the tokens, fragments of 16 tokens a
+// warp, stages, blocks an SM that the register budget leaves room for. gemm_tiles() shows them to Python, whose model
+// chooses.
 #define VITQ_GEMM_TILES(X) \
   X(0, 4, 2, 4, 3, 1)      \
   X(1, 2, 2, 4, 3, 2)      \

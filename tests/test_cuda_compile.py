@@ -411,7 +411,7 @@ def test_a_loop_that_stores_is_gone_through_until_all_is_stored() -> None:
     graph = cuda_epilogue.blocks(kernel)
     way = [i.name for i in cuda_epilogue.best_path(graph, 0, cuda_epilogue.reordered_value, 24)]
     assert Counter(way) == {"STS": 1, "BAR.SYNC": 1, "MOV": 1, "LDS": 3, "STG.E.64": 3, "BRA": 1, "EXIT": 1}
-    with pytest.raises(ValueError, match=r"^a lane has 12 bytes of outputs, the way stores 8$"):
+    with pytest.raises(ValueError, match=r"^a lane has 12 bytes of outputs, the way stores 16$"):
         cuda_epilogue.best_path(graph, 0, cuda_epilogue.reordered_value, 12)
 
 

@@ -174,13 +174,19 @@ def test_every_way_to_fit_weights_works(variant: str, config: QuantConfig) -> No
 
 @pytest.mark.parametrize("variant", ["v2-padded", "v2-odd-sides"])
 def test_padding_does_not_enter_the_bias_correction_of_version_2(variant: str) -> None:
-    """Its qkv never sees padding: with a mean over padding the correction cost 2 to 4 dB instead of gaining."""
-    model, images = swin(variant), fresh_images(variant)
-    found = {}
-    for on in (True, False):
-        config = QuantConfig(compensation=None, bias_correction=on)
-        found[on] = sqnr_db(vitq.quantize(model, swin_images(variant), config=config)(images), model(images))
-    assert found[True] > found[False] - 0.5
+    """Its qkv never sees padding: with a mean over padding the correction cost 2 to 4 dB instead of gaining.
+
+    Of one model it gains -1 to 1.3 dB, which the order of a CPU's sums decides too; of several .2 to .5 on average.
+    """
+    gains = []
+    for seed in range(4):
+        model, images = swin(variant, seed), fresh_images(variant)
+        found = {}
+        for on in (True, False):
+            config = QuantConfig(compensation=None, bias_correction=on)
+            found[on] = sqnr_db(vitq.quantize(model, swin_images(variant), config=config)(images), model(images))
+        gains.append(found[True] - found[False])
+    assert sum(gains) / len(gains) > -0.5, gains
 
 
 def test_reconstruction_of_version_2_is_refused_by_name() -> None:
