@@ -140,9 +140,10 @@ def mixed(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[str]:
         operands, tile = plain_gemm(kernel) or ("", None)
         if tile is None:
             continue
-        (loop,) = (loop for loop in main_loops(kernel) if width(count(loop)) > MAX_BITS)
         size, warps = f"{tile.rows}x{tile.tokens}", tile.threads // 32
         same = [r for r in table if (r["arch"], r["operands"], r["tile"]) == (kernel.arch, operands, size)]
+        every = sum(row["bits"] for row in same)  # nothing of it lies elsewhere
+        (loop,) = (loop for loop in main_loops(kernel) if width(count(loop)) == every)
         widest = max(same, key=lambda row: row["bits"])
         alone = {pipe: widest[f"{pipe}_clk"] for pipe in PIPES}
         turn = cuda_mixed_loops.costliest(kernel, loop)

@@ -155,7 +155,8 @@ def mixed(listing: Iterable[Kernel]) -> list[str]:
     lines = []
     for kernel, _, tile in plain(listing):
         loops = slices(kernel)
-        (loop,) = (body for body in loops if width(body) > MAX_BITS)
+        every = sum(width(body) for body in loops if width(body) <= MAX_BITS)  # nothing of it lies elsewhere
+        (loop,) = (body for body in loops if width(body) == every)
         alone = step_row(tile, next(body for body in loops if width(body) == MAX_BITS))
         times = tile.rows / 16 / (STEPS_OF_STAGE * turns(loop))
         bound = {pipe: clocks * times for pipe, clocks in cuda_mixed_loops.costliest(kernel, loop).items()}

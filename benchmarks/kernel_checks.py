@@ -41,7 +41,8 @@ def _mixed(widths: Sequence[int], group_rows: int) -> RowGroups:
 
 
 # Layers on which every tile is tried, with the kind of their codes. Mixed: windows of 128 rows of at most 3, 6, 4 bits
-# and rows of several widths inside every 64, which a layout may store in another order; "in order": one width in each.
+# and rows of two widths inside every 64, which a layout may store in another order (other widths: the suite's cases);
+# "in order": one width in each.
 TILE_SHAPES = {
     "mixed": (Layer(197, 1328, _mixed((3, 2, 2, 3, 6, 4, 3, 6, 4, 3, 2, 4), 32)), "extreme"),
     "uniform": (Layer(197, 3072, TILE_UNIFORM), "one_sided"),

@@ -107,6 +107,10 @@ def test_rows_of_mixed_widths_come_out_in_order(cuda: BackendCase, op: str, plan
         if op == "linear_codes":
             for groups in (MIXED, QUARTERS):
                 check(linear_case(groups, 37, 130), cuda.device)
+            known = {
+                n: v for n, v in linear_case(QUARTERS, 37, 130).arguments.items() if n not in ("zero_point", "bits")
+            }
+            check(Case("linear_real", "words", known | {"out_dtype": torch.float32}), cuda.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.bfloat16], ids=str)
@@ -239,11 +243,11 @@ def test_the_python_table_is_the_kernels(cuda: BackendCase) -> None:
     assert module().gemm_tiles() == rows
     for number, tile in enumerate(TILES):
         for widest in range(2, 9):
-            for ordered in (False, True):
+            for reordered in (False, True):
                 for kind in range(3):
-                    needed = module().gemm_shared_bytes(number, widest, ordered, kind)
+                    needed = module().gemm_shared_bytes(number, widest, reordered, kind)
                     assert needed <= (227 if tile.wgmma else 99) << 10
-                    assert needed == tile.shared_bytes(widest) or (ordered and not tile.wgmma)
+                    assert needed == tile.shared_bytes(widest) or (reordered and not tile.wgmma)
 
 
 @pytest.mark.parametrize(

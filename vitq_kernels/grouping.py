@@ -9,7 +9,7 @@ import numpy as np
 
 from vitq_kernels.spec import DEFAULT_GROUP_ROWS, TILE_ROWS, RowGroups, Site
 
-LEAST_SORTED = 64  # rows that are sorted together: as many as every kernel has at once
+LEAST_SORTED = 64  # rows that are sorted together: as many as a CUDA kernel puts back in order
 SORTED_GROUPS = 4
 
 

@@ -115,8 +115,8 @@ def allocate(
         sensitivity: measured sensitivities, one of each part that is needed: "weight"; with chosen activations also
             "activation"; where tied, "both".
         candidates: widths to choose weights from, ascending; None: those of the sensitivity, or 2..8.
-        group_rows: rows a group: 16, 32 or 64, sorted four groups at a time; None: 16, of which the CUDA
-            kernels' layout takes no more bytes than they have.
+        group_rows: rows a group: 16, 32 or 64, sorted four groups at a time; None: 16, which have a
+            width of their own in the CUDA kernels' layout too, so that it adds no bytes.
         exponent: of the relevance, >= 0; 0 leaves the error or the sensitivity alone.
         times: kernel times, for a budget of latency.
         seed: of the permutation.

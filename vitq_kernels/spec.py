@@ -15,9 +15,8 @@ from vitq_kernels.budget import Budget as Budget  # a word of the vocabulary
 
 MIN_BITS, MAX_BITS = 2, 8
 TILE_ROWS = 256  # the order of rows is free inside a tile (docs/semantics.md)
-DEFAULT_GROUP_ROWS = (
-    16  # of one width, unless asked otherwise: four such groups are the 64 rows that a kernel has together
-)
+# Of one width, unless asked otherwise: four such groups are the 64 rows that a CUDA kernel has together.
+DEFAULT_GROUP_ROWS = 16
 
 SiteKind = Literal["patch_embed", "qkv", "qk", "av", "proj", "fc1", "fc2", "reduction", "head"]
 
