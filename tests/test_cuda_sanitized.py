@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_a_copy_beyond_a_tensor_is_caught(environment: dict[str, str], planted: 
     done = run(environment, "-c", RAGGED.format(planted=planted))
     if planted:
         assert done.returncode != 0
-        assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+        # What lies behind a tensor: its redzone, or memory that was freed.
+        assert re.search("AddressSanitizer: heap-(buffer-overflow|use-after-free)", done.stderr), done.stderr[:3000]
         assert "copy_async" in done.stderr
     else:
         assert done.returncode == 0, done.stderr[-3000:]
