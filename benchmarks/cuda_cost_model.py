@@ -14,7 +14,6 @@ Rates (CUDA programming guide, throughput of native arithmetic instructions; dat
 from __future__ import annotations
 
 import csv
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 from benchmarks import cuda_mixed_loops, cuda_wgmma_model
 from benchmarks.cuda_epilogue import reorder_clocks, tile_of, ways_out
 from benchmarks.cuda_sass import ARCHITECTURES, Instruction, Kernel, count, extension_path, kernels
-from vitq_kernels.ops.cuda.tiles import STEP_COLS, TILES, Tile
+from vitq_kernels.ops.cuda.tiles import STEP_COLS, Tile
 from vitq_kernels.spec import MAX_BITS
 
 RESULTS = Path(__file__).parent / "results" / "cuda_cost_model.csv"
@@ -111,8 +110,8 @@ def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
     """Every loop of one width of the kernels with the plain epilogue; the loops of the others are the same source."""
     found = []
     for kernel in listing:
-        operands, tile = plain_gemm(kernel) or ("", None)
-        if tile is None:
+        epilogue, operands, tile = tile_of(kernel) or ("", "", None)
+        if tile is None or epilogue != "codes":
             continue
         bodies = (count(loop) for loop in main_loops(kernel))
         steps = [step_row(kernel.arch, operands, tile, body) for body in bodies if width(body) <= MAX_BITS]
@@ -124,21 +123,12 @@ def rows(listing: Iterable[Kernel]) -> list[dict[str, Any]]:
     return found
 
 
-def plain_gemm(kernel: Kernel) -> tuple[str, Tile] | None:
-    """Operands and tile of a GEMM with the plain epilogue, None for others and where the architecture has none."""
-    match = re.match(r"gemm_kernel<codes, (s\d), (\d+)x(\d+)>", kernel.name)
-    if match is None or (match.group(1) == "s4" and kernel.arch == "sm_90a"):
-        return None
-    size = int(match.group(2)), int(match.group(3))
-    return match.group(1), next(t for t in TILES if not t.wgmma and (t.rows, t.tokens) == size)
-
-
 def mixed(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[str]:
     """A line each on the loops that ask at each quarter."""
     lines = []
     for kernel in listing:
-        operands, tile = plain_gemm(kernel) or ("", None)
-        if tile is None:
+        epilogue, operands, tile = tile_of(kernel) or ("", "", None)
+        if tile is None or epilogue != "codes":
             continue
         size, warps = f"{tile.rows}x{tile.tokens}", tile.threads // 32
         same = [r for r in table if (r["arch"], r["operands"], r["tile"]) == (kernel.arch, operands, size)]
@@ -156,8 +146,8 @@ def ways(table: list[dict[str, Any]], listing: Iterable[Kernel]) -> list[dict[st
     """What the outputs' way out costs: by epilogue, direct and reordered, beside 8-bit loops."""
     found = []
     for kernel in listing:
-        epilogue, tile = tile_of(kernel) or ("", None)
-        if tile is None or epilogue not in OUTPUTS:
+        epilogue, operands, tile = tile_of(kernel) or ("", "", None)
+        if tile is None or epilogue not in OUTPUTS or operands != "s8":
             continue
         size = f"{tile.rows}x{tile.tokens}"
         wanted = (kernel.arch, "s8", size, 8)

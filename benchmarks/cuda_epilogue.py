@@ -254,14 +254,13 @@ def bank_clocks(access: list[tuple[int, int]]) -> int:
     return clocks
 
 
-def tile_of(kernel: Kernel) -> tuple[str, Tile] | None:
-    """Epilogue and tile of a GEMM with 8-bit products, None for others."""
-    match = re.match(r"gemm_kernel<(\w+), s8, (\d+)x(\d+)>", kernel.name)
-    if match is None:
+def tile_of(kernel: Kernel) -> tuple[str, str, Tile] | None:
+    """Epilogue, operands and tile of a GEMM on mma.sync, None for others and where the architecture has none."""
+    match = re.match(r"gemm_kernel<(\w+), (s\d), (\d+)x(\d+)>", kernel.name)
+    if match is None or (match.group(2) == "s4" and kernel.arch == "sm_90a"):
         return None
-    return match.group(1), next(
-        t for t in TILES if not t.wgmma and (t.rows, t.tokens) == (int(match.group(2)), int(match.group(3)))
-    )
+    size = int(match.group(3)), int(match.group(4))
+    return match.group(1), match.group(2), next(t for t in TILES if not t.wgmma and (t.rows, t.tokens) == size)
 
 
 def _jumps(instruction: Instruction) -> bool:

@@ -202,6 +202,14 @@ def test_four_bit_products(emulated: BackendCase, groups: RowGroups, kind: str) 
     assert [problem.native4 for problem in problems] == [True, False]
 
 
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_the_choice_knows_what_is_staged(emulated: BackendCase, op: str) -> None:
+    """Words, where outputs are real."""
+    with asked() as problems:
+        check(CASES[op][0], "cpu")
+    assert [problem.words for problem in problems] == ["gelu" not in op and op != "linear_codes"]
+
+
 @pytest.mark.parametrize("tile", MMA_TILES, ids=tile_id)
 def test_four_bit_products_of_every_tile(emulated: BackendCase, tile: int) -> None:
     for parts in (1, 2):
