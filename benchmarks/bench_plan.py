@@ -46,6 +46,7 @@ def linear_layers(vit: ViTShape, batch: int) -> tuple[tuple[str, str, int, int, 
     return (
         ("qkv", "linear_codes", m, 3 * c, c),
         ("proj", "linear_residual", m, c, c),
+        ("proj", "linear_residual_layernorm", m, c, c),
         ("fc1", "linear_gelu_codes", m, MLP_RATIO * c, c),
         ("fc1", "linear_gelu_levels", m, MLP_RATIO * c, c),
         ("fc1", "linear_per_token", m, MLP_RATIO * c, c),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.conformance import EXACT_OPS, Case, exact_reals, op_arguments, op_call
+from tests.conformance import EXACT_OPS, Case, exact_reals, expected_outputs, op_arguments, op_call
 from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close
 from vitq_kernels.ops import prepare_weight, reference, use_backend
 from vitq_kernels.packing import unpack_weight
@@ -50,8 +50,7 @@ def why_wrong(built: Built, backend: str, device: str) -> str:
                 output.view(torch.uint8).fill_(0x5A)
                 del output
             actual = _outputs(function(*arguments))
-        for got, wanted in zip(actual, expected, strict=True):
-            _compare(built, got if built is compared else got[ends], wanted)
+        compare(built, actual if built is compared else [output[ends] for output in actual], expected)
     except Exception as error:  # a kernel that does not compile or launch here is as wrong as one that differs
         return f"{type(error).__name__}: {error}"[:500]
     return ""
@@ -61,13 +60,16 @@ def _outputs(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def _compare(built: Case, actual: Tensor, expected: Tensor) -> None:
-    if built.op in EXACT_OPS:
-        assert_bitwise_equal(actual, expected)
-    elif expected.dtype == torch.int8:
-        assert_codes_close(actual, expected)
-    else:
-        assert_reals_close(actual, _exact(built), expected)
+def compare(built: Case, actual: Sequence[Tensor], reference_outputs: tuple[Tensor, ...]) -> None:
+    """Asserts that outputs are the reference's, each by the rule of its op."""
+    for given, wanted in zip(actual, expected_outputs(built, reference_outputs, actual), strict=True):
+        got = given.to(wanted.device)
+        if built.op in EXACT_OPS:
+            assert_bitwise_equal(got, wanted)
+        elif wanted.dtype == torch.int8:
+            assert_codes_close(got, wanted)
+        else:
+            assert_reals_close(got, _exact(built), wanted)
 
 
 def _exact(built: Case) -> Tensor:

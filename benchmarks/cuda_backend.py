@@ -6,8 +6,9 @@ from functools import partial
 
 from benchmarks.kernel_backend import KernelBackend, Layer
 from benchmarks.kernel_targets import cuda_targets
+from vitq_kernels.ops.cuda.gpus import Gpu
 from vitq_kernels.ops.cuda.launch import early_starts, gpu_of
-from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Gpu, Problem, asked, candidates, choose, forced, rank
+from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Problem, asked, candidates, choose, forced, rank
 from vitq_kernels.ops.mma_fragments import place_rows
 
 CODE_OPS = ("linear_codes", "linear_gelu_codes", "linear_gelu_levels")
@@ -20,7 +21,8 @@ def problem(layer: Layer, gpu: Gpu) -> Problem:
     widest = max(map(max, widths))
     native4 = layer.input_bits <= 4 and widest <= 4 and has_4bit_products(gpu)
     reordered, words = order[:rows] != list(range(rows)), layer.op not in CODE_OPS
-    return Problem(layer.m, rows, layer.k, widest, reordered, native4, words)
+    norm = layer.op == "linear_residual_layernorm"
+    return Problem(layer.m, rows, layer.k, widest, reordered, native4, words, norm)
 
 
 def has_4bit_products(gpu: Gpu) -> bool:
@@ -38,7 +40,7 @@ CUDA = KernelBackend(
     forced=forced,
     asked=asked,
     targets=cuda_targets,
-    shapes=("mixed", "uniform", "mixed in order", "4 bits", "mixed, 4 bits"),
+    shapes=("mixed", "uniform", "mixed in order", "4 bits", "mixed, 4 bits", "LayerNorm"),
     has_4bit_products=has_4bit_products,
     compiles=False,
     ways_to_launch={"no early start": partial(early_starts, False)},

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
-EPILOGUES = ("codes", "gelu", "real", "partial")  # launchers.h, Epilogue
+EPILOGUES = ("codes", "gelu", "real", "partial", "norm")  # launchers.h, Epilogue
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -134,7 +134,7 @@ def _short(demangled: str) -> str:
         kind, native, rows, tokens, fragments = gemm.groups()
         size = f"{64 * int(rows)}x{16 * int(tokens) * int(fragments)}"
         return f"gemm_kernel<{EPILOGUES[int(kind)]}, {'s4' if native == 'true' else 's8'}, {size}>"
-    wgmma = re.match(r"wgmma_kernel<\(Epilogue\)(\d), WgmmaTile<(\d+), \d+, \d+>", name)
+    wgmma = re.match(r"wgmma_kernel<\(Epilogue\)(\d), (?:AllRows<)?WgmmaTile<(\d+), \d+, \d+>", name)
     if wgmma:
         return f"wgmma_kernel<{EPILOGUES[int(wgmma.group(1))]}, 128x{wgmma.group(2)}>"
     attention = re.match(r"attention_wgmma_kernel<hopper_attention::Shape<(\d+), (\d+), (true|false), \d+> ?>", name)

@@ -23,7 +23,15 @@ from benchmarks.cuda_epilogue import (
     staged_offset,
 )
 from benchmarks.cuda_sass import Instruction, Kernel, count
-from vitq_kernels.ops.cuda.tiles import GROUP_ROWS, STEP_COLS, STEPS_OF_STAGE, TILES, Tile
+from vitq_kernels.ops.cuda.tiles import (
+    EPILOGUE_INSTRUCTIONS,
+    GROUP_ROWS,
+    NORM_INSTRUCTIONS,
+    STEP_COLS,
+    STEPS_OF_STAGE,
+    TILES,
+    Tile,
+)
 from vitq_kernels.spec import MAX_BITS
 
 PRODUCTS = 4096  # int8 multiply-adds a clock and SM
@@ -39,6 +47,13 @@ the shorter of its forms).
 
 | tile | outputs | one width | several | adds |
 |---|---|---|---|---|""".splitlines()
+NORM_HEAD = """
+The way out with LayerNorm behind the layer (`csrc/gemm_sm90_norm.cuh`), of a residual stream of 16 bits. `tiles.py`
+counts {assumed:.0f} instructions an output.
+
+| tile | outputs | clocks | fullest | instructions an output |
+|---|---|---|---|---|"""
+NORM_BYTES = 3  # that a lane stores of an output, then: two of the residual stream, and the code
 Loop = tuple[Instruction, ...]
 PIPES = ("tensor", "shared", "alu", "fma", "issue")
 WAYS_HEAD = """## Hopper: wgmma
@@ -116,14 +131,26 @@ def way_out(kernel: Kernel, tile: Tile, order: list[int] | None = None) -> dict[
 
     ``order``: model row of each of the tile's stored rows; None: the same.
     """
-    last = max(n for n, i in enumerate(kernel.instructions) if i.name.startswith("IGMMA"))
-    graph = blocks(kernel)
-    start = min(address for address in graph if address > kernel.instructions[last].address)
+    graph, start = blocks(kernel), after_products(kernel)
     element = 4 if kernel.name.startswith("wgmma_kernel<real") else 1
     stored = element * tile.tokens * GROUP_ROWS // WARPGROUP
     path = best_path(graph, start, lambda i: -(10**8) if _is_of_parts(i) else reordered_value(i), stored)
     read = element * tile.rows * tile.tokens / SHARED_BYTES
     return {**pipes(path, tile.rows / 16), "shared": read + staging_clocks(tile, element, order)}
+
+
+def after_products(kernel: Kernel) -> int:
+    """Where the code behind the last product begins."""
+    last = max(i.address for i in kernel.instructions if i.name.startswith("IGMMA"))
+    return min(address for address in blocks(kernel) if address > last)
+
+
+def norm_way_out(kernel: Kernel, tile: Tile) -> tuple[dict[str, float], float]:
+    """``way_out`` with LayerNorm, and its instructions an output; the sums are staged as words."""
+    outputs_of_lane = tile.tokens * GROUP_ROWS // WARPGROUP
+    path = best_path(blocks(kernel), after_products(kernel), lambda i: -1, NORM_BYTES * outputs_of_lane)
+    shared = 4 * tile.rows * tile.tokens / SHARED_BYTES + staging_clocks(tile, 4)
+    return {**pipes(path, tile.rows / 16), "shared": shared}, len(path) / outputs_of_lane
 
 
 def staging_clocks(tile: Tile, element: int, order: list[int] | None = None) -> int:
@@ -187,7 +214,7 @@ def report(listing: Iterable[Kernel]) -> list[str]:
     lines += MIXED_HEAD
     for kernel in listed:
         epilogue, tile = tile_of(kernel) or ("", None)
-        if tile is None:
+        if tile is None or epilogue == "norm":
             continue
         one, several = (
             max(way_out(kernel, tile, order).values()) for order in (None, shuffled_order(tile.rows, seed=0))
@@ -195,7 +222,21 @@ def report(listing: Iterable[Kernel]) -> list[str]:
         loop = DEPTHS[0] / STEP_COLS * tile.rows * tile.tokens * STEP_COLS / PRODUCTS
         added = f"{100 * (several - one) / (loop + one):.1f} %"
         lines.append(f"| {tile.rows}x{tile.tokens} | {epilogue} | {one:.0f} | {several:.0f} | {added} |")
-    return [*lines, ""]
+    return [*lines, *norms(listed), ""]
+
+
+def norms(listing: Iterable[Kernel]) -> list[str]:
+    """The table of the kernels with LayerNorm."""
+    lines = NORM_HEAD.format(assumed=EPILOGUE_INSTRUCTIONS + NORM_INSTRUCTIONS).splitlines()
+    for kernel in listing:
+        epilogue, tile = tile_of(kernel) or ("", None)
+        if tile is None or epilogue != "norm":
+            continue
+        clocks, instructions = norm_way_out(kernel, tile)
+        fullest = max(clocks, key=lambda pipe: clocks[pipe])
+        cells = (f"{tile.rows}x{tile.tokens}", tile.rows * tile.tokens, f"{clocks[fullest]:.0f}", fullest)
+        lines.append(f"| {' | '.join(map(str, cells))} | {instructions:.1f} |")
+    return lines
 
 
 def _is_of_parts(instruction: Instruction) -> bool:

@@ -6,6 +6,7 @@ run all of it without a GPU.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.built_case import Built, call_arguments, why_wrong
 from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend, Problem, Tile
 from benchmarks.kernel_cases import MIXED, AnyCase, AttentionCase, LinearCase
-from benchmarks.kernel_targets import FOUR_BIT, four_bit, tile_choice
+from benchmarks.kernel_targets import FOUR_BIT, WITH_NORM, four_bit, tile_choice
 from benchmarks.microbench import Row, Timer, Timing, rotated, select, speedups
 from benchmarks.row_cases import RowCase
 from benchmarks.window_cases import window_cases
@@ -49,6 +50,12 @@ def linear_cases(
     return [LinearCase(name, op, batch, m, n, k, bits, data) for name, op, n, k in layers for bits in widths]
 
 
+def norm_cases(batch: int, tokens: int = TOKENS, channels: int = CHANNELS) -> list[LinearCase]:
+    """The layers that write the residual stream, with the LayerNorm behind them."""
+    op, m, n = "linear_residual_layernorm", batch * tokens, channels
+    return [LinearCase(f"{name}{WITH_NORM}", op, batch, m, n, k, (8,)) for name, k in (("proj", n), ("fc2", 4 * n))]
+
+
 def plan(with_4bit_products: bool = False) -> list[AnyCase]:
     """Every case of the stage, the most valuable first; W4A4 where it is another product than W4A8."""
     cases: list[AnyCase] = []
@@ -56,6 +63,7 @@ def plan(with_4bit_products: bool = False) -> list[AnyCase]:
         cases += linear_cases(batch)
         if with_4bit_products:
             cases += linear_cases(batch, data=FOUR_BIT, widths=((4,),))
+        cases += norm_cases(batch)
         cases += [AttentionCase(batch, s, HEADS, CHANNELS // HEADS) for s in (197, 577)]
         cases += window_cases(batch)
         cases += [RowCase(op, batch, batch * TOKENS, CHANNELS) for op in ("layernorm", "quantize")]
@@ -65,12 +73,12 @@ def plan(with_4bit_products: bool = False) -> list[AnyCase]:
 
 
 def tile_plan(cases: Iterable[AnyCase]) -> list[LinearCase]:
-    """The layers whose tiles are measured: the deepest and the widest product, unpacked and not."""
+    """The layers whose tiles are measured: the deepest and the widest product, unpacked and not; and with LayerNorm."""
     return [
         case
         for case in cases
         if isinstance(case, LinearCase)
-        and case.case in ("qkv", "fc2")
+        and (case.case in ("qkv", "fc2") or case.case.endswith(WITH_NORM))
         and case.widths in ((8,), (4,))
         and case.data == "uniform"
     ]
@@ -188,7 +196,7 @@ class Bench:
     def tiles(self, case: LinearCase) -> None:
         """Times the tiles that the cost model likes best beside what it says of them, with cold buffers."""
         built = case.build(self.device)
-        for place, (tile, predicted_us) in enumerate(self.backend.rank(self.problem(case), self.gpu)[:BEST_TILES], 1):
+        for place, (tile, predicted_us) in best_tiles(self.backend, self.problem(case), self.gpu):
             with self.backend.forced(tile):
                 if not self.checked(case, built, tile):
                     continue
@@ -211,8 +219,15 @@ def compile_tasks(
     gpu = backend.gpu(device)
     tasks: list[Task] = [(case, None) for case in cases if case.data == "uniform"]
     for case in tiled:
-        tasks += [(case, tile) for tile, _ in backend.rank(backend.problem(case.layer, gpu), gpu)[:BEST_TILES]]
+        tasks += [(case, tile) for _, (tile, _) in best_tiles(backend, backend.problem(case.layer, gpu), gpu)]
     return tasks
+
+
+def best_tiles(backend: KernelBackend, problem: Problem, gpu: Any) -> list[tuple[int, tuple[Tile, float]]]:
+    """The tiles that the cost model likes best, by their rank; where LayerNorm follows, of both ways to launch it."""
+    ranked = list(enumerate(backend.rank(problem, gpu), 1))
+    ways = [[item for item in ranked if getattr(item[1][0], "norm", False) == norm] for norm in (False, True)]
+    return sorted(itertools.chain(*(way[:BEST_TILES] for way in ways)))
 
 
 def compile_one(task: Task, backend: KernelBackend, device: str = "cuda") -> str:

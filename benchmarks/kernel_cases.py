@@ -89,7 +89,8 @@ class LinearCase:
     @property
     def work(self) -> Work:
         """Operations of the product; bytes of codes, packed weights, float16 residual and outputs, each once."""
-        ops, out_bytes = 2.0 * self.m * self.n * self.k, {"linear_residual": 4, **dict.fromkeys(REAL_OPS, 2)}
+        out_bytes = {"linear_residual": 4, "linear_residual_layernorm": 5, **dict.fromkeys(REAL_OPS, 2)}
+        ops = 2.0 * self.m * self.n * self.k
         weight_bytes = sum(self.groups.row_bits()) * self.k / 8
         moved = self.m * self.k + weight_bytes + self.m * self.n * out_bytes.get(self.op, 1)
         return Work(int4_ops=ops, bytes=moved) if self.data == FOUR_BIT else Work(int8_ops=ops, bytes=moved)
@@ -120,8 +121,10 @@ class LinearCase:
         device = generator.device
         zero_point = torch.full((self.n,), -3, dtype=torch.int32, device=device)
         per_row = torch.full((self.n,), 70.0, device=device)
-        if self.op == "linear_residual":
-            return {"residual": torch.randn(self.m, self.n, generator=generator, device=device).half()}
+        if self.op.startswith("linear_residual"):
+            residual = {"residual": torch.randn(self.m, self.n, generator=generator, device=device).half()}
+            norm = {"gain": 0.5 * per_row, "offset": per_row / 64, "eps": 1e-6, "bits": 8}
+            return residual if self.op == "linear_residual" else residual | norm
         if self.op == "linear_gelu_codes":
             return {"inv_scale": per_row, "zero_point": zero_point - 100, "bits": 8, "approximate": "none"}
         if self.op == "linear_gelu_levels":

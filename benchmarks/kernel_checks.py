@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.built_case import Built, call_arguments, why_wrong
+from benchmarks.built_case import Built, call_arguments, compare, why_wrong
 from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend, Layer, Tile
 from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import FOUR_BIT
 from benchmarks.window_cases import window_cases
 from tests.conformance import check_values, op_arguments, reference_call
-from tests.numerics import CODE_KINDS, assert_bitwise_equal, codes, integers, uniform
+from tests.numerics import CODE_KINDS, codes, integers, reals, uniform
 from tests.op_cases import ALL_CASES, weight_codes, zero_points
 from vitq_kernels.ops import reference, use_backend
 from vitq_kernels.packing import pack_weight
@@ -49,6 +49,8 @@ TILE_SHAPES = {
     "mixed in order": (Layer(197, 1328, _mixed((6, 4, 3, 2), 64)), "extreme"),
     "4 bits": (Layer(197, 3072, TILE_UNIFORM, input_bits=4), "one_sided"),
     "mixed, 4 bits": (Layer(197, 1328, _mixed((3, 2, 4, 4), 32), input_bits=4), "extreme"),
+    # 6 blocks of a cluster; by twos, the last has no rows.
+    "LayerNorm": (Layer(197, 1328, RowGroups.uniform(680, 4), "linear_residual_layernorm"), "random"),
 }
 Task = tuple[str, Any]  # which check, and of what
 # Runs a function on tasks, leaves so many seconds, and yields (task, what was wrong) of those that came in time.
@@ -84,16 +86,16 @@ def check_one(task: Task, backend: KernelBackend, device: str = "cuda") -> str:
 
 
 def check_tile(shape: str, tile: Tile, backend: KernelBackend, device: str) -> None:
-    """Asserts that a layer launched so gives the reference's codes, and is the problem that it was listed as.
+    """Asserts that a layer launched so gives the reference's numbers, and is the problem that it was listed as.
 
     So 4-bit products are used where the GPU has them and inputs and weight are narrow, and nowhere else.
     """
     case, layer = tile_case(shape), TILE_SHAPES[shape][0]
     with use_backend(backend.name), backend.forced(tile), backend.asked() as problems:
-        actual = torch.ops.vitq.linear_codes(*call_arguments(case, device)).cpu()
+        outputs = getattr(torch.ops.vitq, case.op)(*call_arguments(case, device))
     expected = [backend.problem(layer, backend.gpu(device))]
     assert problems == expected, f"the layer asked for a tile for {problems}, expected {expected}"
-    assert_bitwise_equal(actual, tile_outputs(shape))
+    compare(case, [outputs] if isinstance(outputs, Tensor) else outputs, tile_outputs(shape))
 
 
 def _broken(device: str) -> str:
@@ -116,14 +118,18 @@ def tile_case(name: str) -> Built:
     bias_q = integers(-60, 60, (groups.rows,), seed=53) - acc.double().mean(0).int()
     multiplier = 160 * uniform(0.5, 1.5, (groups.rows,), seed=54) / (acc + bias_q).abs().amax(0).clamp_min(1)
     known = {"a": a, "weight": pack_weight(weight, groups), "multiplier": multiplier, "bias_q": bias_q}
-    tail = {"zero_point": zero_points((groups.rows,), 8, 55), "bits": 8}
-    return Built("linear_codes", f"tiles-{name}", known | tail, layer.input_bits)
+    tail: dict[str, Any] = {"zero_point": zero_points((groups.rows,), 8, 55), "bits": 8}
+    if layer.op == "linear_residual_layernorm":
+        vectors = {name: uniform(-30, 30, (groups.rows,), seed) for name, seed in (("gain", 56), ("offset", 57))}
+        residual = reals("normal", (m, groups.rows), torch.float16, seed=58)
+        tail = {"residual": residual, **vectors, "eps": 1e-6, "bits": 8}
+    return Built(layer.op, f"tiles-{name}", known | tail, layer.input_bits)
 
 
 @cache
-def tile_outputs(name: str) -> Tensor:
+def tile_outputs(name: str) -> tuple[Tensor, ...]:
     """What the reference gives of the case."""
-    return reference_call(tile_case(name))[0]
+    return reference_call(tile_case(name))
 
 
 def tile_tasks(backend: KernelBackend, device: str = "cuda") -> list[Task]:

@@ -14,6 +14,7 @@ CUBLAS, INT_MM = "bf16 F.linear", "torch._int_mm alone"
 UNFUSED = "quantize + _int_mm + dequantize (eager torch)"
 TORCH_LAYERNORM, TORCH_QUANTIZE = "LayerNorm + quantize (eager torch)", "quantize (eager torch)"
 FLASH, CUDNN, EFFICIENT = "SDPA flash fp16", "SDPA cudnn fp16", "SDPA efficient fp16"
+WITH_NORM = " + LayerNorm"  # ends the name of a layer with it, whose rows are beside the layer's own
 FOUR_BIT = "four_bit"  # ``data`` of rows whose activations have 4 bits
 
 TRITON_OVER_CUBLAS = 1.2  # kernels.md 5.1, Triton tier, batch 64 and more
@@ -38,7 +39,7 @@ HOPPER = 90  # the numbers that are no ratios are of its first GPUs
 
 def triton_targets(rows: Sequence[Row], gpu: Any) -> list[Row]:
     """The Triton tier's; means over the four layers."""
-    cold = select(rows, cache="cold", data="uniform")
+    cold = select(_without_norm(rows), cache="cold", data="uniform")
     largest = max((row["batch"] for row in cold), default=0)
     found = []
     for bits in dict.fromkeys(row["bits_w"] for row in select(cold, baseline=CUBLAS, batch=largest)):
@@ -49,13 +50,14 @@ def triton_targets(rows: Sequence[Row], gpu: Any) -> list[Row]:
 
 def cuda_targets(rows: Sequence[Row], gpu: Any) -> list[Row]:
     """The CUDA tier's rows "floor": on Hopper too, mma.sync reaches no more. Means over the four layers."""
-    cold, found = select(rows, cache="cold", data="uniform"), []
+    plain = _without_norm(rows)
+    cold, found = select(plain, cache="cold", data="uniform"), []
     for batch in dict.fromkeys(row["batch"] for row in cold):
         here, at = select(cold, batch=batch), f"at batch {batch}"
         for name, bound in (FLOOR_64 if batch >= 64 else FLOOR_8 if batch >= 8 else {}).items():
             found.append(_floor(f"W8 over {name} {at}", _speedup(here, name, bits_w="8"), bound))
         if gpu.cc == HOPPER:
-            found += _hopper_floors(here, select(rows, cache="hot", batch=batch), batch)
+            found += _hopper_floors(here, select(plain, cache="hot", batch=batch), batch)
         found += [
             _floor(f"speed of W{bits} over W8 {at}", ratio, FLOOR_WIDTHS[bits] if batch >= 8 else FLOOR_WIDTHS_1)
             for bits, ratio in _over_w8(here).items()
@@ -69,6 +71,10 @@ def cuda_targets(rows: Sequence[Row], gpu: Any) -> list[Row]:
             value = _speedup(here, TORCH_LAYERNORM, op="layernorm")
             found.append(_floor(f"layernorm over {TORCH_LAYERNORM} {at}", value, FLOOR_OVER_LAYERNORM))
     return found + mixed_over_widest(cold)
+
+
+def _without_norm(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if not row["case"].endswith(WITH_NORM)]
 
 
 def _hopper_floors(cold: Sequence[Row], hot: Sequence[Row], batch: int) -> list[Row]:

@@ -35,10 +35,10 @@ from vitq_kernels.ops import use_backend
 from vitq_kernels.roofline import Peaks, measured_peaks, peaks_of
 
 BITS = (8, 8)  # of weights and activations
-CAPTURED = "ours-captured"
+CAPTURED, FUSED = "ours-captured", "ours_fused-captured"
 # Names of candidates by what a job compiles; ours, eager, is always there.
 KINDS = {
-    "eager and captured": (CAPTURED, "float16", "bfloat16", "float16-captured"),
+    "eager and captured": (CAPTURED, FUSED, "float16", "bfloat16", "float16-captured"),
     "compiled": (CAPTURED, "float16", "float16-captured", "float16-compiled"),
     "max-autotune": (CAPTURED, "float16-captured", "float16-compiled", "float16-max-autotune"),
 }

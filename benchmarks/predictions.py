@@ -1,8 +1,8 @@
 """What the CUDA kernels' model expects of a H100 SXM or H200, before one has run: ``python -m benchmarks.predictions``.
 
 Rewrites the tables of ``benchmarks/README.md``. The numbers are ``estimate_us`` of ``vitq_kernels/ops/cuda/tiles.py``
-and of ``cuda_attention_model.py`` and ``fused_layernorm_model.py``: facts about sizes and machine code, assumptions
-about rates. They stand there to be held against the first measurement, not to be believed.
+and of ``cuda_attention_model.py``: facts about sizes and machine code, assumptions about rates. They stand there to be
+held against the first measurement, not to be believed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import cuda_attention_model, fused_layernorm_model
+from benchmarks import cuda_attention_model
 from benchmarks.vit_shapes import BATCHES, VITS
 from vitq_kernels.files import write_text
-from vitq_kernels.ops.cuda.tiles import LAUNCH_US, TILES, Gpu, Plan, Problem, architecture, rank
+from vitq_kernels.ops.cuda.gpus import Gpu, architecture
+from vitq_kernels.ops.cuda.tiles import LAUNCH_US, TILES, Plan, Problem, rank
 
 PAGE = Path(__file__).parent / "README.md"
 HOPPER = Gpu(90, 132, "H100 SXM, H200")
@@ -33,7 +34,8 @@ ATTENTION_HEAD = """| model | batch | tokens | head dim | passes | clocks a head
 MIXED_HEAD = """| GPU | batch | layers within 5 % | median | worst |
 |---|---|---|---|---|
 """
-LAYERNORM_HEAD = """| model | batch | proj, LayerNorm | in one | fc2, LayerNorm | in one |
+NORM_BATCHES = (1, 4, 8, 16, 64)
+LAYERNORM_HEAD = """| model | batch | proj, LayerNorm | in one launch | fc2, LayerNorm | in one launch |
 |---|---|---|---|---|---|
 """
 # Beside the models of the linears: 384 pixels, and 512.
@@ -94,14 +96,20 @@ def mixed_rows() -> Iterator[str]:
 
 def layernorm_rows() -> Iterator[str]:
     """A line a model and batch: LayerNorm behind the two GEMMs that write the residual stream."""
-    for vit in filter(lambda vit: vit.name in MODELS, VITS):
+    for vit in VITS:
         sizes = {name: (n, k) for name, n, k in vit.linears}
-        for batch in BATCHES:
+        for batch in NORM_BATCHES:
             cells = [vit.name, str(batch)]
             for n, k in (sizes[name] for name in ("proj", "fc2")):
-                problem = Problem(batch * vit.tokens, n, k, 8, False, False)
-                found = fused_layernorm_model.estimate(problem, HOPPER)
-                cells += [f"{found.two_kernels:.1f}", f"{found.fused:.1f} ({found.fused / found.two_kernels:.2f}x)"]
+                ranked = rank(Problem(batch * vit.tokens, n, k, 8, False, False, words=True, norm=True), HOPPER)
+                apart = next(us for plan, us in ranked if not plan.norm)
+                cells.append(f"{apart:.1f}")
+                together = next(((plan, us) for plan, us in ranked if plan.norm), None)
+                if together is None:
+                    cells.append("no cluster holds its rows")
+                else:
+                    plan, us = together
+                    cells.append(f"{us:.1f} ({us / apart:.2f}x, {TILES[plan.tile].tokens} tokens)")
             yield f"| {' | '.join(cells)} |\n"
 
 

@@ -9,7 +9,12 @@ from vitq_kernels.ops.triton.launch import Device, device_of
 from vitq_kernels.ops.triton.tiles import Problem, candidates, rank
 from vitq_kernels.ops.triton.tuned import asked, choose, forced
 
-EPILOGUES = {"linear_codes": "codes", "linear_gelu_codes": "gelu_codes", "linear_residual": "residual"}
+EPILOGUES = {
+    "linear_codes": "codes",
+    "linear_gelu_codes": "gelu_codes",
+    "linear_residual": "residual",
+    "linear_residual_layernorm": "residual",  # LayerNorm is a kernel of its own
+}
 
 
 def problem(layer: Layer, gpu: Device) -> Problem:

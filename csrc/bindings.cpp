@@ -85,7 +85,8 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<vitq::EpilogueArguments>(module, "EpilogueArguments", py::module_local())
       .def(py::init([](Address multiplier, Address bias_q, Address zero_point, Address inv_scale, Address thresholds,
                        Address levels, Address residual, Address token_scale, int level_count, int residual_rows,
-                       int bits, bool tanh_form, int real_dtype) {
+                       int bits, bool tanh_form, int real_dtype, Address gain, Address offset, float eps,
+                       Address codes) {
         return vitq::EpilogueArguments{at<const float>(multiplier),
                                        at<const int32_t>(bias_q),
                                        at<const int32_t>(zero_point),
@@ -98,7 +99,11 @@ PYBIND11_MODULE(_cuda, module) {
                                        residual_rows,
                                        bits,
                                        tanh_form,
-                                       real_dtype};
+                                       real_dtype,
+                                       at<const float>(gain),
+                                       at<const float>(offset),
+                                       eps,
+                                       at<int8_t>(codes)};
       }));
   define(module, "linear", &vitq::linear);
   module.def("gemm_tiles", [] {

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "gemm_sm90_norm.cuh"
 #include "gemm_sm90_parts.cuh"
 #include "launch.cuh"
 #include "tensor_map.cuh"
@@ -23,7 +24,8 @@
 namespace vitq {
 
 // Which tiles come in which turn of a cluster; rows first, so that clusters beside each other share tokens in L2. A
-// cluster is the blocks that share tokens times the parts of K; with several parts it has one turn.
+// cluster is the blocks that share tokens times the parts of K; with several parts it has one turn. Where it holds all
+// rows there is one tile of rows, and a cluster a tile of tokens (grid.y).
 struct TileOrder {
   int row_tiles, token_tiles;
   int part_bits;  // parts are a power of two, so that nothing divides by them
@@ -38,18 +40,24 @@ struct TileOrder {
   __device__ bool in_parts() const { return part_bits > 0; }
 };
 
+// Whether a block has others beside it in its cluster.
+template <class T>
+__device__ __forceinline__ bool in_cluster(const TileOrder& order) {
+  return T::kCluster > 1 || T::kWholeRows || order.in_parts();
+}
+
 // What a block does in the cluster.
 template <class T>
 struct Member {
   int rank, part;
 
   __device__ __forceinline__ explicit Member(const TileOrder& order) : rank(0), part(0) {
-    if (T::kCluster > 1 || order.in_parts()) rank = static_cast<int>(cluster_rank());
-    part = rank / T::kCluster;
+    if (in_cluster<T>(order)) rank = static_cast<int>(cluster_rank());
+    if (!T::kWholeRows) part = rank / T::kCluster;
   }
   // Among those that share.
   __device__ int place() const { return rank % T::kCluster; }
-  __device__ unsigned first_sharer() const { return static_cast<unsigned>(part * T::kCluster); }
+  __device__ unsigned first_sharer() const { return static_cast<unsigned>(rank / T::kCluster * T::kCluster); }
   __device__ unsigned sharers() const { return ((1u << T::kCluster) - 1) << first_sharer(); }
 };
 
@@ -60,7 +68,7 @@ struct TilePlace {
 
   __device__ TilePlace(const TileOrder& order, const Member<T>& member, int tile, int steps) {
     const int slices = (steps + kStepsOfStage - 1) / kStepsOfStage;
-    row = tile % order.row_tiles * T::kCluster + member.place();
+    row = T::kWholeRows ? member.rank : tile % order.row_tiles * T::kCluster + member.place();
     token = tile / order.row_tiles;
     slice = slices * member.part >> order.part_bits;
     end_slice = slices * (member.part + 1) >> order.part_bits;
@@ -90,11 +98,11 @@ struct Ring {
 // The turns of this block's cluster.
 template <class T>
 __device__ __forceinline__ int first_turn(const TileOrder& order) {
-  return static_cast<int>(blockIdx.x) / T::kCluster >> order.part_bits;
+  return T::kWholeRows ? static_cast<int>(blockIdx.y) : static_cast<int>(blockIdx.x) / T::kCluster >> order.part_bits;
 }
 template <class T>
 __device__ __forceinline__ int turns(const TileOrder& order) {
-  return static_cast<int>(gridDim.x) / T::kCluster >> order.part_bits;
+  return T::kWholeRows ? static_cast<int>(gridDim.y) : static_cast<int>(gridDim.x) / T::kCluster >> order.part_bits;
 }
 
 // The groups that a block's workers multiply, as the loading thread sees them: chunks of a step, and the first one.
@@ -225,13 +233,6 @@ __device__ __forceinline__ void multiply_group(int32_t (&acc)[T::kTokens / 2], R
   }
 }
 
-// The first of a worker thread's two stored rows in its group, the second is 2 further: row lane / 4 of the warp's
-// fragment of 16 is of the quarter's first fragment, row + 8 of the second one.
-__device__ __forceinline__ int row_of_worker() {
-  const unsigned lane = lane_index();
-  return static_cast<int>(lane / 8 * 16 + static_cast<unsigned>(warp_index()) % 4 * 4 + lane / 4 % 2);
-}
-
 // A row of this thread: what its outputs need, and where they are staged.
 struct WorkerRow {
   RunVectors vectors;  // the same for all of a run
@@ -311,18 +312,16 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, int32_t (&
   }
 }
 
-// All workers of all parts have staged their sums.
-__device__ __forceinline__ void sums_are_staged() { VITQ_CLUSTER_BARRIER(); }
+// All workers of the cluster have staged what others read: their sums, or the moments of their rows.
+__device__ __forceinline__ void cluster_has_staged() { VITQ_CLUSTER_BARRIER(); }
 
 // The way out of a tile whose K is cut into parts.
 template <Epilogue kKind, class T>
-__device__ __forceinline__ void share_tile(const GemmArguments& with, const int32_t (&acc)[T::kTokens / 2],
+__device__ __forceinline__ void share_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2],
                                            const Member<T>& member, const TilePlace<T>& place, int part_bits,
                                            int shift) {
-  const int first_row = place.row * T::kRows, stored = warp_index() / 4 * kGroupRows + row_of_worker();
-  const int rows[2] = {model_row(with, first_row + stored) - first_row,
-                       model_row(with, first_row + stored + 2) - first_row};
-  stage_sums<T>(acc, rows, shift);
+  const int first_row = place.row * T::kRows;
+  stage_sums<T>(with, acc, first_row, shift);
   const int row = first_row + first_of_run<T>();
   RunVectors vectors;
 #pragma unroll
@@ -330,9 +329,24 @@ __device__ __forceinline__ void share_tile(const GemmArguments& with, const int3
     load_vectors<kKind>(with.epilogue, row + i, with.rows, vectors.multiplier[i], vectors.bias[i], vectors.zero[i],
                         vectors.inv_scale[i]);
   }
-  sums_are_staged();
+  cluster_has_staged();
   finish_share<kKind, T>(with, vectors, row, place.token * T::kTokens, member.part, part_bits,
                          static_cast<unsigned>(member.place()));
+}
+
+// The way out of a tile of all rows.
+template <class T>
+__device__ __forceinline__ void norm_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2],
+                                          const TilePlace<T>& place, int shift) {
+  const int first_row = place.row * T::kRows;
+  stage_sums<T>(with, acc, first_row, shift);
+  NormTile<T> tile(with, first_row, place.token * T::kTokens);
+  with_constant(static_cast<Real>(with.epilogue.real_dtype),
+                [&](auto dtype) { tile.template finish<decltype(dtype)::value>(); });
+  tile.stage_moments();
+  cluster_has_staged();
+  tile.gather_moments();
+  tile.store_norm();
 }
 
 // A worker warp: every tile of this block.
@@ -343,7 +357,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
   Ring<T> ring{with.weight.widest};
   // The second worker begins when the last stage has been filled, which while the pipeline fills is that many slices
   // later: from then on one's way out and the other's products take turns.
-  if (warp_index() >= 4 && !order.in_parts() &&
+  if (!T::kWholeRows && warp_index() >= 4 && !order.in_parts() &&
       TilePlace<T>(order, member, 0, with.weight.steps).end_slice >= T::kStages) {
     delay_until(ring.full() + T::kStages - 1, 0);
   }
@@ -373,7 +387,9 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
     }
 #undef VITQ_WIDTH
     const int shift = 8 - widths.of(static_cast<int>(static_cast<unsigned>(warp_index()) % 4));
-    if (order.in_parts()) {
+    if constexpr (T::kWholeRows) {
+      norm_tile<T>(with, acc, place, shift);
+    } else if (order.in_parts()) {
       share_tile<kKind, T>(with, acc, member, place, order.part_bits, shift);
     } else {
       store_tile<kKind, T>(with, acc, place, shift);
@@ -384,7 +400,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
 // No block ends while others still arrive at its barriers, or read its sums.
 template <class T>
 __device__ __forceinline__ void leave_cluster(const TileOrder& order) {
-  if (T::kCluster > 1 || order.in_parts()) VITQ_CLUSTER_BARRIER();
+  if (in_cluster<T>(order)) VITQ_CLUSTER_BARRIER();
 }
 
 template <Epilogue kKind, class T>
@@ -400,7 +416,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     fence_mbarrier_init();
   }
   // The barriers are initialised, in all blocks that arrive at them.
-  if (T::kCluster > 1 || order.in_parts()) {
+  if (in_cluster<T>(order)) {
     VITQ_CLUSTER_BARRIER();
   } else {
     VITQ_BARRIER();
@@ -408,7 +424,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x >= T::kWorkerThreads) {
     give_registers<T::kLoaderRegisters>();
     if (threadIdx.x == T::kWorkerThreads) load_tiles<T>(with, map, order);
-    if (order.in_parts()) sums_are_staged();
+    if (T::kWholeRows || order.in_parts()) cluster_has_staged();
     leave_cluster<T>(order);
     return;
   }
@@ -420,36 +436,55 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #endif
 }
 
-// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster; with several parts a
-// cluster a tile.
+// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster; with several parts, or where
+// it holds all rows, a cluster a tile.
 template <Epilogue kKind, class T>
 void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
   const int bytes = wgmma_shared_bytes<T>(with.weight.widest);
   const int slices = (with.weight.steps + kStepsOfStage - 1) / kStepsOfStage;
-  const int most_parts = std::min(slices, T::kMostParts);
+  const int most_parts = T::kWholeRows ? 1 : std::min(slices, T::kMostParts);
   require((parts == 1 || parts == 2 || parts == 4) && parts <= most_parts,
           "linear: parts must be 1, 2 or 4 and at most " + std::to_string(most_parts) + " on wgmma, got " +
               std::to_string(parts));
-  const TileOrder order = TileOrder::of<T>(with, parts);
+  TileOrder order = TileOrder::of<T>(with, parts);
   const int64_t most = (int64_t{1} << 30) / (T::kCluster * parts);
   require(int64_t{order.row_tiles} * order.token_tiles < most, "linear: too many tiles");
-  const int cluster = T::kCluster * parts, at_once = parts > 1 ? order.count() : sm_count() / cluster;
-  const int blocks = cluster * std::min(order.count(), at_once);
+  int cluster = T::kCluster * parts;
+  dim3 grid;
+  if constexpr (T::kWholeRows) {
+    cluster *= order.row_tiles, order.row_tiles = 1;
+    require(order.token_tiles < 1 << 16, "linear: too many tokens, got " + std::to_string(with.tokens));
+    grid = dim3(cluster, order.token_tiles);
+  } else {
+    const int at_once = parts > 1 ? order.count() : sm_count() / cluster;
+    grid = dim3(cluster * std::min(order.count(), at_once));
+  }
   const auto kernel = &wgmma_kernel<kKind, T>;
   allow_shared_memory(kernel, bytes, "linear");  // first: a new thread has no context before a call of the runtime
   const TensorMap map =
       token_map(with.a, with.columns, with.tokens, with.a_stride, kTokenLine, T::kTokens / T::kCluster);
-  VITQ_LAUNCH_CLUSTERS(kernel, static_cast<unsigned>(cluster), static_cast<unsigned>(blocks), T::kThreads, bytes,
-                       stream, with, map, order);
+  VITQ_LAUNCH_CLUSTERS(kernel, static_cast<unsigned>(cluster), grid, T::kThreads, bytes, stream, with, map, order);
   check_launch("linear");
 }
 
 template <Epilogue kKind>
 void launch_wgmma(const GemmArguments& with, int tile, int parts, cudaStream_t stream);
 
+// A tile as a kind of epilogue has it.
+template <Epilogue kKind, class T>
+void launch_wgmma_of_kind(const GemmArguments& with, int parts, cudaStream_t stream) {
+  if constexpr (kKind != Epilogue::kNorm) {
+    launch_wgmma_tile<kKind, T>(with, parts, stream);
+  } else if constexpr (T::kTokens <= kMostNormTokens) {
+    launch_wgmma_tile<kKind, AllRows<T>>(with, parts, stream);
+  } else {
+    require(false, "linear: LayerNorm follows on tiles of at most " + std::to_string(kMostNormTokens) + " tokens");
+  }
+}
+
 #define VITQ_WGMMA_CASE(index, tokens, stages, cluster) \
   case index:                                           \
-    return launch_wgmma_tile<kKind, WgmmaTile<tokens, stages, cluster>>(with, parts, stream);
+    return launch_wgmma_of_kind<kKind, WgmmaTile<tokens, stages, cluster>>(with, parts, stream);
 
 // Defines launch_wgmma of one kind.
 #define VITQ_DEFINE_WGMMA_LAUNCH(kind)                                                           \

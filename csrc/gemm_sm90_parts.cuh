@@ -28,18 +28,33 @@ struct StagedSums {
   static __device__ __forceinline__ unsigned char* begin() { return shared_memory() + kBarrierBytes; }
 };
 
-// A worker's sums, to shared memory, in the model's order. row: the thread's two, in the tile.
+// The first of a worker thread's two stored rows in its group, the second is 2 further: row lane / 4 of the warp's
+// fragment of 16 is of the quarter's first fragment, row + 8 of the second one.
+__device__ __forceinline__ int row_of_worker() {
+  const unsigned lane = lane_index();
+  return static_cast<int>(lane / 8 * 16 + static_cast<unsigned>(warp_index()) % 4 * 4 + lane / 4 % 2);
+}
+
+// A worker's sums of the tile whose first row is given, to shared memory, in the model's order and without the alignment
+// of their weights.
 template <class T>
-__device__ __forceinline__ void stage_sums(const int32_t (&acc)[T::kTokens / 2], const int (&row)[2], int shift) {
+__device__ __forceinline__ void stage_sums(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2], int first_row,
+                                           int shift) {
   using S = StagedSums<T>;
+  const int stored = first_row + warp_index() / 4 * kGroupRows + row_of_worker();
+  const int row[2] = {model_row(with, stored) - first_row, model_row(with, stored + 2) - first_row};
+  if (shift != 0) {
+#pragma unroll
+    for (int i = 0; i < T::kTokens / 2; ++i) acc[i] >>= shift;
+  }
   VITQ_NAMED_BARRIER(1, T::kWorkerThreads);  // all products of the block are complete: its stages may be overwritten
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     unsigned char* target = S::begin() + staged_offset(row[h]) + lane_index() % 4 * 8;
 #pragma unroll
     for (int i = 0; i < T::kTokens / S::kPanelTokens; ++i) {
-      *reinterpret_cast<uint2*>(target + i * S::kPanel) = {static_cast<uint32_t>(acc[4 * i + 2 * h] >> shift),
-                                                           static_cast<uint32_t>(acc[4 * i + 2 * h + 1] >> shift)};
+      *reinterpret_cast<uint2*>(target + i * S::kPanel) = {static_cast<uint32_t>(acc[4 * i + 2 * h]),
+                                                           static_cast<uint32_t>(acc[4 * i + 2 * h + 1])};
     }
   }
 }

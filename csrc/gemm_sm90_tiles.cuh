@@ -32,6 +32,13 @@ struct WgmmaTile {
   static constexpr int kLoaderRegisters = 56, kWorkerRegisters = 224;
   static constexpr int kWorkerThreads = kWarpgroup * kWorkers;
   static constexpr int kTokenBytes = kTokens * kTokenLine;  // of a stage
+  static constexpr bool kWholeRows = false;
+};
+
+// The same where a cluster holds all rows of the layer for its tokens, one tile, and then ends.
+template <class T>
+struct AllRows : T {
+  static constexpr bool kWholeRows = true;
 };
 
 // What a pass of a worker stages (Staging of gemm_tiles.cuh): all tokens (codes), or 64 (words). A thread ends with two

@@ -71,6 +71,7 @@ enum class Epilogue : int {
   kGelu = 1,     // GELU, then codes or levels
   kReal = 2,     // real units; with a residual; with a scale a token
   kPartial = 3,  // the sum itself, where it is one part of several
+  kNorm = 4,     // real units with a residual, and codes of their rows' LayerNorm; on wgmma alone
 };
 
 // What the epilogues read: vectors over the N rows unless another size is given; null where unused.
@@ -84,9 +85,12 @@ struct EpilogueArguments {
   const void* residual;       // [residual_rows, N] in the output's dtype: token t adds row t % residual_rows
   const float* token_scale;   // [tokens]
   int level_count, residual_rows;
-  int bits;        // of the codes
-  bool tanh_form;  // of GELU
-  int real_dtype;  // of the output, as Real
+  int bits;                    // of the codes
+  bool tanh_form;              // of GELU
+  int real_dtype;              // of the output, as Real
+  const float *gain, *offset;  // kNorm
+  float eps;
+  int8_t* codes;  // [tokens, N]
 };
 
 // A weight in the layout of vitq_kernels/ops/mma_fragments.py.
@@ -112,7 +116,10 @@ int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);
 // a int8 [tokens, columns], rows `a_stride` bytes apart, both multiples of 16 and zero beyond K, to out [tokens, rows].
 // parts > 1: of K. On wgmma, where they are 2 or 4, one kernel adds them; else partial int32 [parts, tokens, rows]
 // receives their sums, which a second one adds. native4: a holds codes of 4 bits, the weight no rows above 4, and the
-// GPU is an sm_80, 86 or 89.
+// GPU is an sm_80, 86 or 89. kNorm: a tile of wgmma of at most kMostNormTokens (more outputs do not fit the registers),
+// one part, rows a multiple of 8 and at most kMostNormRows (a cluster has up to 8 blocks), multiplier, bias_q and residual
+// given, and these, out, gain, offset and codes at multiples of 16 bytes.
+constexpr int kMostNormTokens = 192, kMostNormRows = 1024;
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
             EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,
             cudaStream_t stream);

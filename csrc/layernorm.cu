@@ -15,6 +15,7 @@
 
 #include "launch.cuh"
 #include "launchers.h"
+#include "norm.cuh"
 #include "rows.cuh"
 
 namespace vitq {
@@ -53,32 +54,6 @@ constexpr int kBlocksOfSm = kThreads == 32 && kRuns == 6 ? 4 : 0;
 template <int kThreads>
 __device__ __forceinline__ int64_t row_of_thread() {
   return int64_t{blockIdx.x} * kRowsOfBlock<kThreads> + (kThreads == 32 ? threadIdx.x / 32 : 0);
-}
-
-// (x - true mean) * rstd is fmaf(x - mean, rstd, shift).
-struct Norm {
-  float rstd, shift;
-};
-
-// `rest`, `square`: means of x - mean and of its square. The first mean is off by its rounding, up to half an ulp of x:
-// as large as the deviations in a row that is nearly constant. `rest` takes that away.
-__device__ __forceinline__ Norm norm_of(float rest, float square, float eps) {
-  const float variance = fmaxf(square - rest * rest, 0.0f) + eps;
-  float rstd = 1.0f / sqrtf(variance);
-  // One step of Newton takes back what the root and the division rounded: a scale per token shows the last bit.
-  const float ratio = variance * rstd;
-  const float excess = fmaf(ratio, rstd, -1.0f) + fmaf(variance, rstd, -ratio) * rstd;
-  rstd = fmaf(rstd, -0.5f * excess, rstd);
-  return {rstd, -rest * rstd};
-}
-
-__device__ __forceinline__ float normalised(float centred, Norm norm, float gain, float offset) {
-  return fmaf(fmaf(centred, norm.rstd, norm.shift), gain, offset);
-}
-
-// clamp(rint(x)). Clamped before it is shifted: an offset beyond 2^22 would not round to an integer.
-__device__ __forceinline__ uint32_t static_code(float x, CodeRange range) {
-  return float_bits(fminf(fmaxf(x, range.low - kRoundToInteger), range.high - kRoundToInteger) + kRoundToInteger);
 }
 
 __device__ __forceinline__ CodeRange token_range() { return {kRoundToInteger - 127.0f, kRoundToInteger + 127.0f}; }

@@ -60,6 +60,8 @@ VITQ_DECLARE(Epilogue::kCodes)
 VITQ_DECLARE(Epilogue::kGelu)
 VITQ_DECLARE(Epilogue::kReal)
 #undef VITQ_DECLARE
+template <>
+void launch_wgmma<Epilogue::kNorm>(const GemmArguments&, int, int, cudaStream_t);
 
 template <Epilogue kKind>
 void launch_linear(GemmArguments with, int tile, bool native4, int parts, int32_t* partial, cudaStream_t stream) {
@@ -102,8 +104,14 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
     VITQ_KIND(kGelu)
     VITQ_KIND(kReal)
 #undef VITQ_KIND
+    case Epilogue::kNorm:
+      require(gemm_tile(tile).wgmma && !native4, "linear: LayerNorm follows in the same launch on wgmma alone");
+      require(rows % kRun == 0 && rows <= kMostNormRows, "linear: LayerNorm takes a multiple of 8 rows up to " +
+                                                             std::to_string(kMostNormRows) + ", got " +
+                                                             std::to_string(rows));
+      return launch_wgmma<Epilogue::kNorm>(with, tile, 1, stream);
     default:
-      require(false, "linear: kind must be 0..2, got " + std::to_string(kind));
+      require(false, "linear: kind must be 0, 1, 2 or 4, got " + std::to_string(kind));
   }
 }
 

@@ -300,6 +300,11 @@ def _residual(m: int, n: int, number: int) -> dict[str, Any]:
     return {"residual": reals("outlier", shape, DTYPES[number % 3], seed=25)}
 
 
+def _residual_norm(m: int, n: int, number: int) -> dict[str, Any]:
+    x = torch.empty(m, n)
+    return _residual(m, n, number) | _norm_tail("gain", "offset")(x, number)
+
+
 def _quantize_tail(x: Tensor, number: int) -> dict[str, Any]:
     bits = (8, 4, 8, 5)[number]
     inv_scale = uniform(0.5, 40, x.shape[-1:], seed=26) * 2.0 ** (bits - 8)
@@ -333,6 +338,7 @@ CASES: dict[str, list[Case]] = {
     "linear_gelu_levels": _linear_cases("linear_gelu_levels", 1 / 32, _level_tail),
     "linear_real": _linear_cases("linear_real", 1 / 16, lambda m, n, number: {"out_dtype": DTYPES[number % 3]}),
     "linear_residual": _linear_cases("linear_residual", 1 / 16, _residual),
+    "linear_residual_layernorm": _linear_cases("linear_residual_layernorm", 1 / 16, _residual_norm),
     "linear_per_token": _linear_cases("linear_per_token", 1 / 32, _per_token_tail),
     "attention": [
         attention_case(*shape, kind, number)

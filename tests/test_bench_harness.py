@@ -86,7 +86,7 @@ def test_what_is_recorded_is_not_measured_again(recorded: tuple[str, list[Row], 
 
 def test_a_wrong_kernel_ends_its_benchmark_and_leaves_no_row(tmp_path: Path) -> None:
     (tmp_path / "wrong_kernel.py").write_text(WRONG_KERNEL)
-    chosen = "cpu- and DeiT-T and b1- and w8-uniform and (linear_codes or proj)"
+    chosen = "cpu- and DeiT-T and b1- and w8-uniform and (linear_codes or linear_residual-proj)"
     words = ("-p", "wrong_kernel", BENCHES[0], "--benchmark-enable", "-k", chosen, "--record", f"--results={tmp_path}")
     done = bench(tmp_path, *words, "--budget-s=0")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -97,7 +97,7 @@ def test_a_wrong_kernel_ends_its_benchmark_and_leaves_no_row(tmp_path: Path) -> 
 
 def test_without_timing_kernels_are_checked_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "wrong_kernel.py").write_text(WRONG_KERNEL)
-    chosen = "cpu- and DeiT-T and b1- and w8-uniform and (linear_codes or proj)"
+    chosen = "cpu- and DeiT-T and b1- and w8-uniform and (linear_codes or linear_residual-proj)"
     done = bench(tmp_path, "-p", "wrong_kernel", BENCHES[0], "-k", chosen)
     assert (done.returncode, "1 failed, 1 passed" in done.stdout) == (1, True), done.stdout + done.stderr
     assert "WrongKernelError: DeiT-T-linear_codes-qkv-b1-w8-uniform on cpu: " in done.stdout

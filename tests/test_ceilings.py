@@ -17,7 +17,8 @@ from benchmarks.dry_run import stand_in
 from benchmarks.microbench import Timing
 from tests.fake_timer import FakeTimer, off
 from vitq_kernels.ops import cpu
-from vitq_kernels.ops.cuda.tiles import TILES, Gpu, rank
+from vitq_kernels.ops.cuda.gpus import Gpu
+from vitq_kernels.ops.cuda.tiles import TILES, rank
 from vitq_kernels.roofline import Peaks
 
 PEAKS = Peaks(1979, 989, 4800)

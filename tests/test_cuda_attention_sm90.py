@@ -13,7 +13,7 @@ from tests.numerics import assert_bitwise_equal, codes, integers, uniform
 from tests.test_cuda_attention import KINDS, LEVELS, arguments
 from vitq_kernels.ops import reference
 from vitq_kernels.ops.cuda.attention_sm90 import attention_sm90, suits
-from vitq_kernels.ops.cuda.tiles import Gpu
+from vitq_kernels.ops.cuda.gpus import Gpu
 
 DIMS = (32, 64, 80, 96, 128)
 LENGTHS = (1, 16, 65, 128, 129, 197, 208, 209, 256, 257, 289, 321, 433)

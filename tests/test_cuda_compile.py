@@ -25,7 +25,7 @@ from benchmarks import (
     cuda_wgmma_model,
 )
 from benchmarks.cuda_sass import ARCHITECTURES, Kernel, class_of, count, extension_path, kernels, parse, resources
-from vitq_kernels.ops.cuda.tiles import TILES
+from vitq_kernels.ops.cuda.tiles import EPILOGUE_INSTRUCTIONS, MOST_NORM_TOKENS, NORM_INSTRUCTIONS, TILES
 
 LISTING = """
 	code for sm_80
@@ -111,7 +111,10 @@ def test_nothing_spills(binary: Path, arch: str) -> None:
     } <= found.keys()
     of_wgmma = sum(tile.wgmma for tile in TILES)
     assert len([name for name in found if name.startswith("gemm_kernel")]) == 4 * 2 * (len(TILES) - of_wgmma)
-    assert len([name for name in found if name.startswith("wgmma_kernel")]) == 3 * of_wgmma  # no partial sums
+    with_norm = sum(tile.wgmma and tile.tokens <= MOST_NORM_TOKENS for tile in TILES)
+    names = Counter(name.split(",")[0] for name in found if name.startswith("wgmma_kernel"))
+    plain = {f"wgmma_kernel<{kind}": of_wgmma for kind in ("codes", "gelu", "real")}  # no partial sums
+    assert names == plain | {"wgmma_kernel<norm": with_norm}
     assert {name: (stack, local) for name, (_, stack, _, local) in found.items() if stack or local} == {}
 
 
@@ -128,7 +131,7 @@ def compile_for_hopper(name: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemm_sm90_codes", "gemm_sm90_real", "attention_sm90"])
+@pytest.mark.parametrize("name", ["gemm_sm90_codes", "gemm_sm90_real", "gemm_sm90_norm", "attention_sm90"])
 def test_products_of_wgmma_are_not_serialised(tmp_path: Path, name: str) -> None:
     """ptxas says so (C7508 to C7519) where it cannot let products run while registers are written."""
     said = compile_for_hopper(name, "-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"))
@@ -255,7 +258,7 @@ def test_an_access_that_a_branch_leads_to_is_seen() -> None:
 @pytest.mark.slow
 def test_no_kernel_touches_memory_before_the_wait(compiled: Callable[[str], list[Kernel]]) -> None:
     """For Hopper, whose kernels start while the one in front ends (csrc/launch.cuh)."""
-    assert sum(kernel.name.startswith("wgmma_kernel") for kernel in compiled("sm_90a")) == 4 * 3
+    assert sum(kernel.name.startswith("wgmma_kernel") for kernel in compiled("sm_90a")) == 4 * 3 + 3
     for kernel in compiled("sm_90a"):
         names = [instruction.name for instruction in kernel.instructions]
         if "BPT.TRAP" in names and len(names) < 20:
@@ -322,6 +325,10 @@ def test_the_committed_cost_model_is_that_of_the_build(compiled: Callable[[str],
         elif operands == "s8" and tile in cuda_cost_model.SHOWN:
             assert percent(most) < 100, (arch, tile)
     assert [percent(row[-1]) for row in table_after(page, cuda_wgmma_model.MIXED_HEAD[-2])] == [0] * 12
+    # What tiles.py counts for LayerNorm is what tiles of 128 and 192 tokens take; the issue slots set the pace.
+    norms = table_after(page, cuda_wgmma_model.NORM_HEAD.splitlines()[-2])
+    assert [row[3] for row in norms] == ["issue"] * 3
+    assert all(abs(float(row[-1]) - EPILOGUE_INSTRUCTIONS - NORM_INSTRUCTIONS) < 3 for row in norms[1:])
 
 
 @pytest.mark.slow

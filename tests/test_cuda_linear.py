@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conformance import EXACT_OPS, Case, exact_reals, reference_call
+from tests.conformance import EXACT_OPS, Case, exact_reals, expected_outputs, reference_call
 from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close, codes, integers, uniform
 from tests.op_cases import CASES, weight_codes
 from vitq_kernels.ops.cuda import linear
 from vitq_kernels.ops.cuda.extension import module
-from vitq_kernels.ops.cuda.tiles import TILES, Gpu, Plan, Problem, asked, candidates, forced, rank
+from vitq_kernels.ops.cuda.gpus import Gpu
+from vitq_kernels.ops.cuda.tiles import TILES, Plan, Problem, asked, candidates, forced, rank
 from vitq_kernels.ops.mma_fragments import prepare_weight
 from vitq_kernels.packing import PackedWeight, pack_weight
 from vitq_kernels.spec import RowGroups
@@ -68,7 +69,7 @@ def linear_case(groups: RowGroups, m: int, k: int, a_bits: int = 8, kind: str = 
     return Case("linear_codes", f"{m}x{k}x{n}-{kind}", arguments)
 
 
-def run(case: Case, device: str, input_bits: int = 8) -> Tensor:
+def run(case: Case, device: str, input_bits: int = 8) -> tuple[Tensor, ...]:
     """The op on the kernel, in the layout that a weight multiplied with codes of ``input_bits`` gets."""
     arguments: dict[str, Any] = {}
     for name, value in case.arguments.items():
@@ -77,18 +78,19 @@ def run(case: Case, device: str, input_bits: int = 8) -> Tensor:
             arguments[name] = prepare_weight(moved, input_bits)
         else:
             arguments[name] = value.to(device) if isinstance(value, Tensor) else value
-    output: Tensor = getattr(linear, case.op)(**arguments)
-    return output.cpu()
+    outputs = getattr(linear, case.op)(**arguments)
+    return tuple(t.cpu() for t in ((outputs,) if isinstance(outputs, Tensor) else outputs))
 
 
 def check(case: Case, device: str, input_bits: int = 8) -> None:
-    got, (wanted,) = run(case, device, input_bits), reference_call(case)
-    if case.op in EXACT_OPS:
-        assert_bitwise_equal(got, wanted)
-    elif wanted.dtype == torch.int8:
-        assert_codes_close(got, wanted)
-    else:
-        assert_reals_close(got, exact_reals(case), wanted)
+    actual = run(case, device, input_bits)
+    for got, wanted in zip(actual, expected_outputs(case, reference_call(case), actual), strict=True):
+        if case.op in EXACT_OPS:
+            assert_bitwise_equal(got, wanted)
+        elif wanted.dtype == torch.int8:
+            assert_codes_close(got, wanted)
+        else:
+            assert_reals_close(got, exact_reals(case), wanted)
 
 
 @pytest.mark.parametrize("plan", in_parts(4))
@@ -172,9 +174,9 @@ def test_multipliers_below_the_normal_numbers(emulated: BackendCase, tile: int, 
         reals |= {"bias_q": case.arguments["bias_q"], "out_dtype": torch.float32}
     small = Case("linear_per_token" if per_token else "linear_real", "small", reals)
     with forced(Plan(tile)):
-        got = run(small, emulated.device)
+        (got,) = run(small, emulated.device)
     with forced(Plan(MMA_TILES[0])):
-        assert_bitwise_equal(got, run(small, emulated.device))
+        assert_bitwise_equal(got, *run(small, emulated.device))
     assert got.abs().max() > 0
 
 

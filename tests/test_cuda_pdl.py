@@ -20,6 +20,7 @@ from tests.numerics import assert_bitwise_equal, assert_codes_close
 from tests.op_cases import CASES
 from tests.test_cuda_attention import arguments
 from tests.test_cuda_linear import MIXED, linear_case, tile_id
+from tests.test_cuda_norm import NORM_TILES, norm_case, stream
 from vitq_kernels.ops import OPS, reference, use_backend
 from vitq_kernels.ops.cuda.attention_sm90 import attention_sm90
 from vitq_kernels.ops.cuda.launch import early_starts, is_settled
@@ -113,6 +114,19 @@ def test_every_linear_kernel_waits(planted: Any, withhold: Withhold, plan: Plan,
         assert gives_the_reference(case, arguments)
         withhold(inputs(case))
         assert gives_the_reference(case, arguments)
+        planted.plant(no_following=True)
+        assert not gives_the_reference(case, arguments)
+
+
+@pytest.mark.parametrize("tile", NORM_TILES, ids=tile_id)
+def test_a_launch_with_layernorm_waits(planted: Any, withhold: Withhold, tile: int) -> None:
+    """Of blocks with rows and without, whose loading threads wait too."""
+    case = norm_case(RowGroups.uniform(264, 4), 70, 272, stream(70, 264))
+    arguments = made(case)
+    with forced(Plan(tile, norm=True)):
+        for _ in range(2):  # the second time the weights are settled
+            withhold(inputs(case))
+            assert gives_the_reference(case, arguments)
         planted.plant(no_following=True)
         assert not gives_the_reference(case, arguments)
 

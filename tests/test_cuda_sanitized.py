@@ -53,11 +53,12 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     [
         (["tests/test_ops.py", "-k", "cuda-emulated and values"], 90),
         (["tests/test_cuda_linear.py", "-k", "emulated and not longest_sums"], 60),
+        (["tests/test_cuda_norm.py", "-k", "emulated"], 12),
         (["tests/test_cuda_attention.py", "-k", "(head_dim and (33 or 64 or 72)) or (emulated and not head_dim)"], 5),
         (["tests/test_cuda_attention_sm90.py", "-k", "not planted and not needed"], 6),
         (["tests/test_cuda_rows.py", "-k", "emulated and not 16000 and not 8200"], 25),
     ],
-    ids=["ops", "linear", "attention", "attention-sm90", "rows"],
+    ids=["ops", "linear", "norm", "attention", "attention-sm90", "rows"],
 )
 def test_no_sanitizer_complains(environment: dict[str, str], selection: list[str], at_most: int) -> None:
     """A sample: a case takes 3 to 10 times as long here, and what it computes is compared without sanitizers too."""

@@ -9,7 +9,8 @@ import torch
 
 from tests.conformance import Case
 from tests.test_cuda_linear import MIXED, QUARTERS, barrier_lines, check, fails_under_some_seed, linear_case
-from vitq_kernels.ops.cuda.tiles import TILES, Gpu, Plan, Problem, candidates, forced
+from vitq_kernels.ops.cuda.gpus import Gpu
+from vitq_kernels.ops.cuda.tiles import TILES, Plan, Problem, candidates, forced
 from vitq_kernels.spec import RowGroups
 
 WGMMA_TILES = [number for number, tile in enumerate(TILES) if tile.wgmma]

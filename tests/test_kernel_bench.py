@@ -22,11 +22,12 @@ from benchmarks.kernel_bench import (
     compile_one,
     compile_tasks,
     linear_cases,
+    norm_cases,
     plan,
     tile_plan,
 )
 from benchmarks.kernel_cases import AttentionCase, LinearCase
-from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED
+from benchmarks.kernel_targets import CUBLAS, FOUR_BIT, INT_MM, UNFUSED, WITH_NORM
 from benchmarks.microbench import Timer, Timing
 from benchmarks.row_cases import RowCase
 from benchmarks.triton_backend import TRITON
@@ -34,7 +35,7 @@ from tests.conftest import BackendCase
 from tests.fake_timer import FakeTimer, off
 from vitq_kernels.ops import cpu
 from vitq_kernels.ops import cuda as cuda_ops
-from vitq_kernels.ops.cuda.tiles import Gpu
+from vitq_kernels.ops.cuda.gpus import Gpu
 from vitq_kernels.ops.triton.launch import INTERPRETED
 from vitq_kernels.roofline import Peaks
 
@@ -42,6 +43,7 @@ CPU = replace(TRITON, name="cpu")  # Triton's tiles are named, the cpu backend r
 PEAKS = Peaks(1979, 989, 4800)
 CASES = [
     *linear_cases(2, 9, 16),
+    *norm_cases(2, 9, 16),
     AttentionCase(2, 9, 2, 8),
     RowCase("layernorm", 2, 18, 16),
     RowCase("quantize", 2, 18, 16),
@@ -75,7 +77,8 @@ def test_rows_are_complete(measured: dict[str, Any]) -> None:
     kinds = [(r["case"], r["bits_w"], r["data"], r["cache"]) for r in rows if r["baseline"] == CUBLAS]
     layers, widths = ("qkv", "proj", "fc1", "fc2"), ("8", "4", "3", "3/4/6", "6")
     uniform = [(name, bits, "uniform", cache) for name in layers for bits in widths for cache in ("cold", "hot")]
-    assert kinds == uniform + [(name, bits, "gaussian", "cold") for name in layers for bits in widths]
+    norms = [(f"{name}{WITH_NORM}", "8", "uniform", cache) for name in ("proj", "fc2") for cache in ("cold", "hot")]
+    assert kinds == uniform + norms + [(name, bits, "gaussian", "cold") for name in layers for bits in widths]
     assert {r["baseline"] for r in rows if r["case"] == "fc1"} == {CUBLAS, CUBLAS_F16, INT_MM, UNFUSED}
     assert {r["baseline"] for r in rows if r["op"] == "attention"} == set(SDPA)
 
@@ -227,9 +230,9 @@ def test_a_kernel_that_writes_nothing_is_wrong(tmp_path: Path, monkeypatch: pyte
 
 def test_time_that_runs_out_leaves_a_reason(tmp_path: Path) -> None:
     run = stage_run(tmp_path, RESERVE_S)
-    with pytest.raises(CheckFailed, match=r"^time ran out before 24 of 24: linear_codes qkv w8 at batch 2, "):
+    with pytest.raises(CheckFailed, match=r"^time ran out before 26 of 26: linear_codes qkv w8 at batch 2, "):
         bench(run, FakeTimer()).measure(CASES, [LAYER])
-    assert len(run.data["left_out"]) == 24
+    assert len(run.data["left_out"]) == 26
 
 
 def test_the_plan_starts_with_what_is_worth_most() -> None:
@@ -238,9 +241,21 @@ def test_the_plan_starts_with_what_is_worth_most() -> None:
     assert {case.m for case in cases if isinstance(case, LinearCase)} == {197, 1576, 12608}
     assert TRITON.problem(cases[3].layer, TRITON.gpu("cpu")).widths == (4, 6)
     tiled = tile_plan(cases)
-    assert len(tiled) == 12
+    assert len(tiled) == 12 + 2 * 3  # with LayerNorm
     tasks = compile_tasks(cases, tiled, TRITON, "cpu")
-    assert len(tasks) == len([case for case in cases if case.data == "uniform"]) + 5 * 12
+    assert len(tasks) == len([case for case in cases if case.data == "uniform"]) + 5 * len(tiled)
+
+
+def test_both_ways_to_launch_a_layernorm_are_timed(emulated: BackendCase, tmp_path: Path) -> None:
+    """As on a H100: the best tiles in one launch beside those in two, each checked first."""
+    hopper, (case, _) = replace(CUDA, gpu_of=lambda tensor: Gpu(90, 132)), norm_cases(1, 9, 128)
+    run = stage_run(tmp_path)
+    bench(run, FakeTimer(), hopper).measure([], [case])
+    rows = run.data["tiles"]
+    assert len(rows) == 5 + 3
+    assert len([row for row in rows if row["tile"].endswith(", LayerNorm")]) == 3
+    assert [row["rank"] for row in rows] == sorted(row["rank"] for row in rows)
+    assert run.data["wrong"] == []
 
 
 def test_compiling_runs_the_case() -> None:

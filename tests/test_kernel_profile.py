@@ -51,7 +51,12 @@ def linear_arguments(op: str) -> tuple[Any, ...]:
     with use_backend("cpu"):
         layout, tensors = prepare_weight(weight)
     ones, zeros = torch.ones(24), torch.zeros(24, dtype=torch.int32)
-    tail = {"linear_codes": (zeros, 8), "linear_residual": (torch.zeros(5, 24),)}[op]
+    residual = (torch.zeros(5, 24),)
+    tail = {
+        "linear_codes": (zeros, 8),
+        "linear_residual": residual,
+        "linear_residual_layernorm": (*residual, ones, ones, 1e-6, 8),
+    }[op]
     return (torch.zeros(5, 16, dtype=torch.int8), tensors, layout, ones, zeros, *tail)
 
 
@@ -62,14 +67,20 @@ def seen(function: Any, *arguments: Any) -> list[tuple[str, Work]]:
     return [(call.label, call.work) for call in ranges.calls if call.work != Work()]
 
 
-@pytest.mark.parametrize(("op", "out_bytes"), [("linear_codes", 5 * 24), ("linear_residual", 2 * 5 * 24 * 4)])
-def test_the_work_of_our_linear_layers(op: str, out_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("op", "vectors", "out_bytes"),
+    [
+        ("linear_codes", 3, 5 * 24),
+        ("linear_residual", 2, 2 * 5 * 24 * 4),
+        ("linear_residual_layernorm", 4, 5 * 24 * (2 * 4 + 1)),
+    ],
+)
+def test_the_work_of_our_linear_layers(op: str, vectors: int, out_bytes: int) -> None:
     given = linear_arguments(op)
-    vectors = 24 * 4 * (3 if op == "linear_codes" else 2)
     weight_bytes = sum(t.numel() * t.element_size() for t in given[1])
     ((label, work),) = seen(getattr(torch.ops.vitq, op), *given)
     assert label == f"{op} 24x16"
-    assert work == Work(int8_ops=2 * 5 * 24 * 16, bytes=5 * 16 + weight_bytes + vectors + out_bytes)
+    assert work == Work(int8_ops=2 * 5 * 24 * 16, bytes=5 * 16 + weight_bytes + vectors * 24 * 4 + out_bytes)
 
 
 def test_the_work_of_our_attention() -> None:

@@ -18,13 +18,21 @@ from tests.result_examples import MODELS_FOUND, ORIGIN
 from tests.small_vits import small_vit, variant_quantized
 from vitq_kernels import model_bench, model_candidates
 from vitq_kernels.model_bench import FEWEST_ROUNDS, bench_models
-from vitq_kernels.model_candidates import AGAINST, OURS, Candidate, CannotRunError, captured, with_random_weights
+from vitq_kernels.model_candidates import (
+    AGAINST,
+    OURS,
+    OURS_FUSED,
+    Candidate,
+    CannotRunError,
+    captured,
+    with_random_weights,
+)
 from vitq_kernels.stopwatch import wall_times_us
 
 IMAGE = (3, 32, 32)
 NAMES = [
     f"{precision}{way}"
-    for precision in (OURS, "float32", "bfloat16", "float16")
+    for precision in (OURS, OURS_FUSED, "float32", "bfloat16", "float16")
     for way in ("", "-compiled", "-max-autotune", "-captured")
 ]
 
@@ -42,7 +50,7 @@ def test_names_of_candidates_come_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "fp16", "float16-", "float16-graph", "ours-float16", "float16 compiled", "int8"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^a candidate must be ours, float32, .*, got '{name}'$"):
+    with pytest.raises(ValueError, match=rf"^a candidate must be ours, ours_fused, float32, .*, got '{name}'$"):
         Candidate.parse(name)
 
 

@@ -56,7 +56,7 @@ def test_the_most_valuable_jobs_come_first() -> None:
     assert {job.model for job in jobs} == {"ViT-B", "ViT-S", "ViT-T", "ViT-L"}
     everything = {str(Candidate.parse(name)) for names in KINDS.values() for name in names}
     assert everything == {
-        *("ours-captured", "float16", "bfloat16", "float16-captured"),
+        *("ours-captured", "ours_fused-captured", "float16", "bfloat16", "float16-captured"),
         *("float16-compiled", "float16-max-autotune"),
     }
     assert all("ours-captured" in names for names in KINDS.values())

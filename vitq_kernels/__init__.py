@@ -16,6 +16,7 @@ from vitq_kernels.config import QuantConfig
 from vitq_kernels.convert import quantize
 from vitq_kernels.evaluation import Evaluation, evaluate
 from vitq_kernels.models import UnsupportedModelError, model_sites
+from vitq_kernels.nn import fuse_layernorm
 from vitq_kernels.ops import SEMANTICS_VERSION, BackendUnavailableError, use_backend
 from vitq_kernels.planning import allocate
 from vitq_kernels.presets import simulate
@@ -50,6 +51,7 @@ __all__ = [
     "capture",
     "compare",
     "evaluate",
+    "fuse_layernorm",
     "load",
     "model_sites",
     "quantize",

@@ -28,8 +28,9 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            help="what to compare with, comma separated: float32, bfloat16, float16, ours, each also with -compiled, "
-            f"-max-autotune, -captured; default on a CPU: {', '.join(AGAINST['cpu'])}; on a GPU: all that deploys"
+            help="what to compare with, comma separated: float32, bfloat16, float16, ours, ours_fused (as by "
+            "fuse_layernorm), each also with -compiled, -max-autotune, -captured; default on a CPU: "
+            f"{', '.join(AGAINST['cpu'])}; on a GPU: all that deploys"
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(callback=options.whole(1), help="forwards of each at most")] = ROUNDS,

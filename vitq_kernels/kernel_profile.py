@@ -207,7 +207,7 @@ def op_call(func: Any, args: Any, kwargs: Any, result: Any) -> _OpCall:
         product = 2.0 * b * h * s * keys * d
         work = Work(int8_ops=product, f16_ops=product, bytes=moved) if ours else Work(f16_ops=2 * product, bytes=moved)
         return _OpCall(f"{name} {h}x{s if windows is None else f'{s // keys}x{keys}'}x{d}", work)
-    ops = _products(func, args, kwargs, result)
+    ops = _products(func, args, kwargs, result, outputs[0])
     if not ops:
         return _OpCall(name, Work(bytes=moved))
     channels = outputs[0].shape[1 if "conv" in name else -1]
@@ -215,10 +215,10 @@ def op_call(func: Any, args: Any, kwargs: Any, result: Any) -> _OpCall:
     return _OpCall(f"{name} {channels}x{round(ops / 2 / outputs[0].numel())}", work)
 
 
-def _products(func: Any, args: Any, kwargs: Any, result: Any) -> float:
-    """Operations of an op that multiplies matrices; ours have the codes first."""
+def _products(func: Any, args: Any, kwargs: Any, result: Any, first: Tensor) -> float:
+    """Operations of an op that multiplies matrices, whose first output is given; ours have the codes first."""
     if func.namespace == "vitq":
-        return 2.0 * prod(args[0].shape) * result.shape[-1] if func._schema.name.startswith("vitq::linear") else 0.0
+        return 2.0 * prod(args[0].shape) * first.shape[-1] if func._schema.name.startswith("vitq::linear") else 0.0
     counter = flop_registry.get(func.overloadpacket)
     return float(counter(*args, **kwargs, out_val=result)) if counter else 0.0
 

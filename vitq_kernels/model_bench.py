@@ -61,7 +61,7 @@ class ModelBench:
     @property
     def ours(self) -> tuple[str, ...]:
         """Names of our own candidates."""
-        return tuple(dict.fromkeys(r.candidate for r in self.rows if Candidate.parse(r.candidate).precision == OURS))
+        return tuple(dict.fromkeys(r.candidate for r in self.rows if Candidate.parse(r.candidate).is_own))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. ``over_x``: the candidate's time over that of each of our own."""

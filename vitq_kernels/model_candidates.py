@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.capture import capture
+from vitq_kernels.nn import fuse_layernorm
 
-OURS = "ours"
+OURS, OURS_FUSED = "ours", "ours_fused"  # the latter with ``fuse_layernorm``
+OWN = (OURS, OURS_FUSED)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EAGER, COMPILED, MAX_AUTOTUNE, CAPTURED = "eager", "compiled", "max-autotune", "captured"
 WAYS = (EAGER, COMPILED, MAX_AUTOTUNE, CAPTURED)
@@ -20,8 +22,8 @@ WARM_UP = 3  # the third call of max-autotune is the first that replays its grap
 AGAINST = {
     "cpu": ("float32", "bfloat16"),
     "cuda": (
-        *("ours-captured", "float32", "bfloat16", "float16", "float16-compiled", "float16-max-autotune"),
-        "float16-captured",
+        *("ours-captured", "ours_fused-captured"),
+        *("float32", "bfloat16", "float16", "float16-compiled", "float16-max-autotune", "float16-captured"),
     ),
 }
 
@@ -34,7 +36,7 @@ class CannotRunError(RuntimeError):
 class Candidate:
     """A model in a precision, run in a way: ``float16-compiled``; ``float16`` alone is eager."""
 
-    precision: str  # OURS or one of PRECISIONS
+    precision: str  # of OWN or PRECISIONS
     way: str = EAGER
 
     @classmethod
@@ -42,19 +44,24 @@ class Candidate:
         """Raises ValueError for a name that is none."""
         precision, dash, way = name.partition("-")
         way = way if dash else EAGER
-        if precision not in (OURS, *PRECISIONS) or way not in WAYS:
+        if precision not in (*OWN, *PRECISIONS) or way not in WAYS:
             ways = ", ".join(f"-{way}" for way in WAYS[1:])
             raise ValueError(
-                f"a candidate must be {OURS}, {', '.join(PRECISIONS)}, or one of these with {ways}, got {name!r}"
+                f"a candidate must be {', '.join((*OWN, *PRECISIONS))}, or one of these with {ways}, got {name!r}"
             )
         return cls(precision, way)
 
     def __str__(self) -> str:
         return self.precision if self.way == EAGER else f"{self.precision}-{self.way}"
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the quantized model."""
+        return self.precision in OWN
+
     def dtype(self, device: str) -> torch.dtype:
         """Of images and residual stream; ours is that of a deployed model, float16 on a GPU."""
-        if self.precision == OURS:
+        if self.is_own:
             return torch.float16 if torch.device(device).type == "cuda" else torch.float32
         return PRECISIONS[self.precision]
 
@@ -68,8 +75,10 @@ class Candidate:
         """
         try:
             device = str(images.device)
-            original = qmodel if self.precision == OURS else float_model
+            original = qmodel if self.is_own else float_model
             model = copy.deepcopy(original).to(device, self.dtype(device)).eval()
+            if self.precision == OURS_FUSED and not fuse_layernorm(model):
+                raise CannotRunError("the model has no LayerNorm behind a projection to the residual stream")
             run, given = self._made(model, len(images), device), images.to(self.dtype(device))
 
             def forward() -> Tensor:

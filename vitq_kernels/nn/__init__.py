@@ -1,7 +1,7 @@
 """Drop-in ``nn.Module``s over the ``vitq::`` ops."""
 
 from vitq_kernels.nn.attention import QuantAttention
-from vitq_kernels.nn.block import QuantBlock
+from vitq_kernels.nn.block import QuantBlock, fuse_layernorm
 from vitq_kernels.nn.hidden import HiddenCodes
 from vitq_kernels.nn.inner_norm import InnerNorm
 from vitq_kernels.nn.layernorm import QuantLayerNorm
@@ -37,4 +37,5 @@ __all__ = [
     "QuantizeInput",
     "QueryKeyCodes",
     "flatten_patches",
+    "fuse_layernorm",
 ]

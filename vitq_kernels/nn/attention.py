@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vitq_kernels import ops
 from vitq_kernels.nn.inner_norm import InnerNorm
+from vitq_kernels.nn.layernorm import QuantLayerNorm
 from vitq_kernels.nn.linear import QuantLinear
 from vitq_kernels.nn.module import IntegerModule
 from vitq_kernels.nn.position_bias import PositionBias
@@ -63,6 +64,16 @@ class QuantAttention(IntegerModule):
         out = ops.attention(q, k, v, *tables, bias_q, None, self.out_bits)
         return out if self.norm is None else self.norm(out)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
-        """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream, or to real numbers."""
-        return self.proj(self.attend(x) if rope is None else self.attend(x, rope), residual)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        rope: Tensor | None = None,
+        norm: QuantLayerNorm | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream, or to real numbers.
+
+        ``norm`` as of ``QuantLinear``.
+        """
+        attended = self.attend(x) if rope is None else self.attend(x, rope)
+        return self.proj(attended, residual, norm=norm)

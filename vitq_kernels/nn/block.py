@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vitq_kernels.nn.attention import QuantAttention
+from vitq_kernels.nn.layernorm import QuantLayerNorm
 from vitq_kernels.nn.mlp import QuantMlp
 
 
@@ -12,6 +13,7 @@ class QuantBlock(nn.Module):
     """Pre-norm block; only the residual stream between its two halves is float.
 
     Layer scale is folded into ``attn.proj`` and ``mlp.fc2``. The norms write codes (QuantLayerNorm, QuantRmsNorm).
+    With ``fused_norm`` (``fuse_layernorm``) ``attn.proj`` runs ``norm2`` too.
     """
 
     def __init__(self, norm1: nn.Module, attn: QuantAttention, norm2: nn.Module, mlp: QuantMlp) -> None:
@@ -20,6 +22,12 @@ class QuantBlock(nn.Module):
         self.attn = attn
         self.norm2 = norm2
         self.mlp = mlp
+        self.fused_norm = False
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether ``norm2`` is a LayerNorm of what ``attn.proj`` adds to the residual stream."""
+        return isinstance(self.norm2, QuantLayerNorm) and self.attn.proj.epilogue == "residual"
 
     def forward(
         self,
@@ -38,6 +46,30 @@ class QuantBlock(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("QuantBlock: attn_mask and is_causal must be absent, got a mask")
-        codes = self.norm1(x)
-        x = self.attn(codes, x) if rope is None else self.attn(codes, x, rope)
-        return self.mlp(self.norm2(x), x)
+        turned = {} if rope is None else {"rope": rope}
+        if self.fused_norm:
+            x, codes = self.attn(self.norm1(x), x, norm=self.norm2, **turned)
+        else:
+            x = self.attn(self.norm1(x), x, **turned)
+            codes = self.norm2(x)
+        return self.mlp(codes, x)
+
+
+def fuse_layernorm(model: nn.Module, fused: bool = True) -> int:
+    """Has the blocks of a quantized model run the LayerNorm behind attention in one op with the projection before it.
+
+    The integers are the same. Backend ``cuda`` then takes one launch for both on Hopper where its model expects that to
+    be faster (``ops/cuda/tiles.py``); elsewhere it is two, as ever. Not stored in a checkpoint. Hooks on ``norm2`` do
+    not run then.
+
+    Args:
+        model: from ``quantize`` or ``load``; changed in place.
+        fused: False takes it back.
+
+    Returns:
+        How many blocks; those whose norm is no LayerNorm, or stands behind the MLP, are left alone.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, QuantBlock) and module.can_fuse]
+    for block in blocks:
+        block.fused_norm = fused
+    return len(blocks)

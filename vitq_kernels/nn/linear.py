@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels import ops
+from vitq_kernels.nn.layernorm import QuantLayerNorm
 from vitq_kernels.nn.module import IntegerModule, QuantizeInput
 from vitq_kernels.ops import flatten_patches
 from vitq_kernels.packing import PackedWeight, groups_with_order, unpack_weight
@@ -137,10 +138,17 @@ class QuantLinear(PackedLinear):
         self.register_buffer("thresholds", middles)
         self.prepare()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        norm: QuantLayerNorm | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Codes int8 [..., K] (or float, with ``quantize_input``) to [..., N]; ``residual`` for that epilogue.
 
-        ``out_dtype`` of a real output: where it is not given, that of a float ``x``, float32 for codes.
+        ``out_dtype`` of a real output: where it is not given, that of a float ``x``, float32 for codes. With ``norm``,
+        for epilogue "residual", the new residual stream and what ``norm`` makes of it, in one op.
         """
         is_float = x.dtype.is_floating_point
         codes = self.quantize_input(x) if is_float and self.quantize_input is not None else x
@@ -152,6 +160,8 @@ class QuantLinear(PackedLinear):
             return ops.linear_gelu_codes(*shared, self.inv_scale, self.zero_point, self.out_bits, self.gelu)
         if self.epilogue == "gelu levels":
             return ops.linear_gelu_levels(*shared, self.inv_scale, self.thresholds, self.levels, self.gelu)
+        if self.epilogue == "residual" and norm is not None:
+            return ops.linear_residual_layernorm(*shared, residual, norm.gain, norm.offset, norm.eps, norm.bits)
         if self.epilogue == "residual":
             return ops.linear_residual(*shared, residual)
         return ops.linear_real(*shared, out_dtype or (x.dtype if is_float else torch.float32))

@@ -26,11 +26,14 @@ from vitq_kernels.ops.checks import (
     check_approximate,
     check_attention,
     check_devices,
+    check_layernorm,
+    check_linear,
+    check_norm_vectors,
+    check_out_dtype,
     check_patches,
+    check_residual,
     check_tensor,
-    check_weight,
     check_width,
-    fail,
 )
 from vitq_kernels.ops.reference import SEMANTICS_VERSION
 from vitq_kernels.ops.reference import flatten_patches as flatten_patches
@@ -108,17 +111,10 @@ def quantize_per_token(x: Tensor) -> Plan:
     return [(x.shape, torch.int8), (x.shape[:-1], torch.float32)]
 
 
-def _check_layernorm(op: str, x: Tensor, gain: Tensor, offset: Tensor, names: tuple[str, str]) -> None:
-    check_tensor(op, "x", x, FLOAT_DTYPES, (..., "K"))
-    for argument, tensor in zip(names, (gain, offset), strict=True):
-        check_tensor(op, argument, tensor, torch.float32, (x.shape[-1],))
-        check_devices(op, x, **{argument: tensor})
-
-
 @_op("(Tensor x, Tensor gain, Tensor offset, float eps, int bits) -> Tensor")
 def layernorm(x: Tensor, gain: Tensor, offset: Tensor, eps: float, bits: int) -> Plan:
     """LayerNorm of [..., K] straight to int8 codes."""
-    _check_layernorm("layernorm", x, gain, offset, ("gain", "offset"))
+    check_layernorm("layernorm", x, gain=gain, offset=offset)
     check_width("layernorm", bits)
     return [(x.shape, torch.int8)]
 
@@ -126,7 +122,7 @@ def layernorm(x: Tensor, gain: Tensor, offset: Tensor, eps: float, bits: int) ->
 @_op("(Tensor x, Tensor residual, Tensor gain, Tensor offset, float eps, int bits) -> (Tensor, Tensor)")
 def add_layernorm(x: Tensor, residual: Tensor, gain: Tensor, offset: Tensor, eps: float, bits: int) -> Plan:
     """``x + residual`` and its LayerNorm as int8 codes."""
-    _check_layernorm("add_layernorm", x, gain, offset, ("gain", "offset"))
+    check_layernorm("add_layernorm", x, gain=gain, offset=offset)
     check_tensor("add_layernorm", "residual", residual, x.dtype, tuple(x.shape))
     check_devices("add_layernorm", x, residual=residual)
     check_width("add_layernorm", bits)
@@ -136,19 +132,8 @@ def add_layernorm(x: Tensor, residual: Tensor, gain: Tensor, offset: Tensor, eps
 @_op("(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)")
 def layernorm_per_token(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Plan:
     """LayerNorm of [..., K] to symmetric 8-bit codes and float32 scales [...]."""
-    _check_layernorm("layernorm_per_token", x, weight, bias, ("weight", "bias"))
+    check_layernorm("layernorm_per_token", x, weight=weight, bias=bias)
     return [(x.shape, torch.int8), (x.shape[:-1], torch.float32)]
-
-
-def _check_linear(op: str, a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, **rows: Tensor) -> list:
-    """The checks that all linear ops share; ``rows`` are further int32 vectors [N]. Returns the output shape."""
-    check_tensor(op, "multiplier", multiplier, torch.float32, ("N",))
-    n = multiplier.shape[0]
-    check_weight(op, a, weight, layout, n)
-    for argument, tensor in rows.items():
-        check_tensor(op, argument, tensor, torch.int32, (n,))
-    check_devices(op, a, multiplier=multiplier, **rows)
-    return [*a.shape[:-1], n]
 
 
 _LINEAR = "(Tensor a, Tensor[] weight, str layout, Tensor multiplier, Tensor bias_q"
@@ -159,7 +144,7 @@ def linear_codes(
     a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, zero_point: Tensor, bits: int
 ) -> Plan:
     """Integer linear [..., K] x [N, K] to int8 codes [..., N]."""
-    shape = _check_linear("linear_codes", a, weight, layout, multiplier, bias_q=bias_q, zero_point=zero_point)
+    shape = check_linear("linear_codes", a, weight, layout, multiplier, bias_q=bias_q, zero_point=zero_point)
     check_width("linear_codes", bits)
     return [(shape, torch.int8)]
 
@@ -178,7 +163,7 @@ def linear_gelu_codes(
 ) -> Plan:
     """Integer linear, GELU, int8 codes [..., N]."""
     op = "linear_gelu_codes"
-    shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q, zero_point=zero_point)
+    shape = check_linear(op, a, weight, layout, multiplier, bias_q=bias_q, zero_point=zero_point)
     check_tensor(op, "inv_scale", inv_scale, torch.float32, (shape[-1],))
     check_devices(op, a, inv_scale=inv_scale)
     check_width(op, bits)
@@ -200,7 +185,7 @@ def linear_gelu_levels(
 ) -> Plan:
     """Integer linear, GELU, int8 levels [..., N] of a non-uniform quantizer."""
     op = "linear_gelu_levels"
-    shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
+    shape = check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
     check_tensor(op, "inv_scale", inv_scale, torch.float32, (shape[-1],))
     check_tensor(op, "levels", levels, torch.int8, ("L",))
     check_tensor(op, "thresholds", thresholds, torch.float32, (levels.shape[0] - 1,))
@@ -209,18 +194,13 @@ def linear_gelu_levels(
     return [(shape, torch.int8)]
 
 
-def _check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
-    if out_dtype not in FLOAT_DTYPES:
-        fail(op, "out_dtype", "float32, float16 or bfloat16", out_dtype)
-
-
 @_op(f"{_LINEAR}, ScalarType out_dtype) -> Tensor")
 def linear_real(
     a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, bias_q: Tensor, out_dtype: torch.dtype
 ) -> Plan:
     """Integer linear to real units [..., N]."""
-    _check_out_dtype("linear_real", out_dtype)
-    return [(_check_linear("linear_real", a, weight, layout, multiplier, bias_q=bias_q), out_dtype)]
+    check_out_dtype("linear_real", out_dtype)
+    return [(check_linear("linear_real", a, weight, layout, multiplier, bias_q=bias_q), out_dtype)]
 
 
 @_op(f"{_LINEAR}, Tensor residual) -> Tensor")
@@ -229,10 +209,31 @@ def linear_residual(
 ) -> Plan:
     """Integer linear added to a residual [..., N] (or one that broadcasts, such as a position embedding)."""
     op = "linear_residual"
-    shape = _check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
-    check_tensor(op, "residual", residual, FLOAT_DTYPES, tuple(shape[-max(1, residual.dim()) :]))
-    check_devices(op, a, residual=residual)
+    shape = check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
+    check_residual(op, a, residual, shape)
     return [(shape, residual.dtype)]
+
+
+@_op(f"{_LINEAR}, Tensor residual, Tensor gain, Tensor offset, float eps, int bits) -> (Tensor, Tensor)")
+def linear_residual_layernorm(
+    a: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    multiplier: Tensor,
+    bias_q: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    eps: float,
+    bits: int,
+) -> Plan:
+    """Integer linear added to a residual as of ``linear_residual``, and the sum's LayerNorm as int8 codes [..., N]."""
+    op = "linear_residual_layernorm"
+    shape = check_linear(op, a, weight, layout, multiplier, bias_q=bias_q)
+    check_residual(op, a, residual, shape)
+    check_norm_vectors(op, a, shape[-1], gain=gain, offset=offset)
+    check_width(op, bits)
+    return [(shape, residual.dtype), (shape, torch.int8)]
 
 
 @_op(
@@ -250,12 +251,12 @@ def linear_per_token(
 ) -> Plan:
     """Integer linear of dynamically quantized tokens to real units [..., N]."""
     op = "linear_per_token"
-    shape = _check_linear(op, a, weight, layout, multiplier)
+    shape = check_linear(op, a, weight, layout, multiplier)
     check_tensor(op, "token_scale", token_scale, torch.float32, tuple(a.shape[:-1]))
     if bias is not None:
         check_tensor(op, "bias", bias, torch.float32, (shape[-1],))
     check_devices(op, a, token_scale=token_scale, bias=bias)
-    _check_out_dtype(op, out_dtype)
+    check_out_dtype(op, out_dtype)
     return [(shape, out_dtype)]
 
 

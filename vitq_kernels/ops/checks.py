@@ -209,3 +209,39 @@ def _check_forms(
         check_tensor(op, f"weight {name}", tensor, dtype, shape)
         if not tensor.is_contiguous():
             fail(op, f"weight {name}", "contiguous", f"strides {tensor.stride()}")
+
+
+def check_linear(op: str, a: Tensor, weight: list[Tensor], layout: str, multiplier: Tensor, **rows: Tensor) -> list:
+    """The checks that all linear ops share; ``rows`` are further int32 vectors [N]. Returns the output shape."""
+    check_tensor(op, "multiplier", multiplier, torch.float32, ("N",))
+    n = multiplier.shape[0]
+    check_weight(op, a, weight, layout, n)
+    for argument, tensor in rows.items():
+        check_tensor(op, argument, tensor, torch.int32, (n,))
+    check_devices(op, a, multiplier=multiplier, **rows)
+    return [*a.shape[:-1], n]
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+    """Checks the dtype of real outputs."""
+    if out_dtype not in FLOAT_DTYPES:
+        fail(op, "out_dtype", "float32, float16 or bfloat16", out_dtype)
+
+
+def check_residual(op: str, a: Tensor, residual: Tensor, shape: Sequence[int]) -> None:
+    """Checks what is added to outputs of a shape: it may lack leading dimensions."""
+    check_tensor(op, "residual", residual, FLOAT_DTYPES, tuple(shape[-max(1, residual.dim()) :]))
+    check_devices(op, a, residual=residual)
+
+
+def check_norm_vectors(op: str, like: Tensor, channels: int, **vectors: Tensor) -> None:
+    """Checks the vectors of a LayerNorm over so many channels."""
+    for argument, tensor in vectors.items():
+        check_tensor(op, argument, tensor, torch.float32, (channels,))
+        check_devices(op, like, **{argument: tensor})
+
+
+def check_layernorm(op: str, x: Tensor, **vectors: Tensor) -> None:
+    """Checks the input of a LayerNorm and its vectors."""
+    check_tensor(op, "x", x, FLOAT_DTYPES, (..., "K"))
+    check_norm_vectors(op, x, x.shape[-1], **vectors)

@@ -208,6 +208,23 @@ def linear_residual(
     return (residual.float() + real(accumulate(a, weight, bias_q), multiplier)).to(residual.dtype)
 
 
+def linear_residual_layernorm(
+    a: Tensor,
+    weight: list[Tensor],
+    multiplier: Tensor,
+    bias_q: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    eps: float,
+    bits: int,
+    accumulate: Accumulate = accumulate,
+) -> tuple[Tensor, Tensor]:
+    """``y = linear_residual(...)``, as it is rounded to its dtype, and ``layernorm(y)``: (y, codes)."""
+    y = linear_residual(a, weight, multiplier, bias_q, residual, accumulate)
+    return y, layernorm(y, gain, offset, eps, bits)
+
+
 def linear_per_token(
     a: Tensor,
     token_scale: Tensor,

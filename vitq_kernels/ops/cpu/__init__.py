@@ -20,6 +20,8 @@ from vitq_kernels.ops.cpu.linear import linear_residual as linear_residual
 from vitq_kernels.ops.cpu.quantize import quantize as quantize
 from vitq_kernels.ops.cpu.quantize import quantize_patches as quantize_patches
 from vitq_kernels.ops.cpu.quantize import quantize_per_token as quantize_per_token
+from vitq_kernels.ops.two_passes import linear_then_layernorm
 
 WEIGHT_LAYOUT = reference.WEIGHT_LAYOUT
 prepare_weight = reference.prepare_weight
+linear_residual_layernorm = linear_then_layernorm(linear_residual, layernorm)

@@ -23,6 +23,7 @@ from vitq_kernels.ops.cuda.linear import linear_gelu_levels as linear_gelu_level
 from vitq_kernels.ops.cuda.linear import linear_per_token as linear_per_token
 from vitq_kernels.ops.cuda.linear import linear_real as linear_real
 from vitq_kernels.ops.cuda.linear import linear_residual as linear_residual
+from vitq_kernels.ops.cuda.linear import linear_residual_layernorm as linear_residual_layernorm
 from vitq_kernels.ops.cuda.quantize import quantize as quantize
 from vitq_kernels.ops.cuda.quantize import quantize_patches as quantize_patches
 from vitq_kernels.ops.cuda.quantize import quantize_per_token as quantize_per_token

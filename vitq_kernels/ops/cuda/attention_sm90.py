@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vitq_kernels.ops.cuda.extension import module
+from vitq_kernels.ops.cuda.gpus import Gpu
 from vitq_kernels.ops.cuda.launch import launch
-from vitq_kernels.ops.cuda.tiles import Gpu
 
 CAPABILITY = 90  # compute capability of Hopper, the only one with wgmma
 SHORTEST = 65  # tokens: up to 64 the kernel of attention_sm80.cu wastes less

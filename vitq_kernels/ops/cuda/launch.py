@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitq_kernels.ops.backends import BackendUnavailableError
 from vitq_kernels.ops.cuda.extension import module
-from vitq_kernels.ops.cuda.tiles import Gpu
+from vitq_kernels.ops.cuda.gpus import Gpu
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # semantics.cuh, Real
 

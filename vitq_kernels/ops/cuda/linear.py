@@ -1,10 +1,13 @@
 """The linear ops on the CUDA kernel: each names what follows the sums; the launch is one function.
 
-The kernel is csrc/gemm_sm80.cuh, what follows csrc/epilogue.cuh, the choice of the tile ``tiles.py``. Signatures and
-numbers are those of ``ops/reference.py``.
+The kernel is csrc/gemm_sm80.cuh, on Hopper gemm_sm90.cuh; what follows csrc/epilogue.cuh, the choice of the tile
+``tiles.py``. Signatures and numbers are those of ``ops/reference.py``.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +15,12 @@ from torch import Tensor
 
 from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, is_settled, launch, pointer
-from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Problem, choose
+from vitq_kernels.ops.cuda.layernorm import layernorm
+from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Plan, Problem, choose
 from vitq_kernels.ops.mma_fragments import STEP_COLS, MmaFragments
 
 ALIGNMENT = 16  # bytes of a vector access: rows of ``a`` start at multiples of it
-CODES, GELU, REAL = range(3)  # launchers.h, Epilogue
+CODES, GELU, REAL, NORM = 0, 1, 2, 4  # launchers.h, Epilogue
 
 
 def linear_codes(
@@ -78,6 +82,27 @@ def linear_residual(a: Tensor, weight: list[Tensor], multiplier: Tensor, bias_q:
     return _linear(a, weight, REAL, residual.dtype, multiplier, bias_q=bias_q, residual=residual)
 
 
+def linear_residual_layernorm(
+    a: Tensor,
+    weight: list[Tensor],
+    multiplier: Tensor,
+    bias_q: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    eps: float,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """``reference.linear_residual_layernorm``, in one launch where the model of ``tiles.py`` finds that faster."""
+    layer = _Layer.of(a, weight, multiplier, words=True, norm=True)
+    if not layer.plan.norm:
+        y = _launch(layer, REAL, residual.dtype, multiplier, bias_q=bias_q, residual=residual)
+        return y, layernorm(y, gain, offset, eps, bits)
+    codes = a.new_empty((*a.shape[:-1], multiplier.shape[0]))
+    vectors: dict[str, Any] = {"residual": residual, "gain": gain, "offset": offset, "codes": codes}
+    return _launch(layer, NORM, residual.dtype, multiplier, bias_q=bias_q, bits=bits, eps=eps, **vectors), codes
+
+
 def linear_per_token(
     a: Tensor,
     token_scale: Tensor,
@@ -90,30 +115,53 @@ def linear_per_token(
     return _linear(a, weight, REAL, out_dtype, multiplier, bias_q=bias, token_scale=token_scale)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's weight and its codes as the kernel reads them, and how it is launched."""
+
+    weight: MmaFragments
+    a: Tensor  # int8 [M, K]
+    shape: tuple[int, ...]  # of the outputs
+    widest: int
+    reordered: bool
+    native4: bool
+    plan: Plan
+
+    @classmethod
+    def of(cls, a: Tensor, weight: list[Tensor], multiplier: Tensor, words: bool, norm: bool = False) -> _Layer:
+        """Chooses the plan; ``words`` and ``norm`` as of ``Problem``."""
+        w, a2d, n, gpu = MmaFragments.of(weight), _rows(a), multiplier.shape[0], gpu_of(a)
+        widest, reordered = w.present()[-1], w.order.shape[0] > 0
+        native4 = w.input_bits <= 4 and widest <= 4 and gpu.cc in NATIVE_4BIT
+        plan = choose(Problem(a2d.shape[0], n, a2d.shape[1], widest, reordered, native4, words, norm), gpu)
+        return cls(w, a2d, (*a.shape[:-1], n), widest, reordered, native4, plan)
+
+
 def _linear(
-    a: Tensor,
-    weight: list[Tensor],
+    a: Tensor, weight: list[Tensor], kind: int, out_dtype: torch.dtype, multiplier: Tensor, **rest: Any
+) -> Tensor:
+    return _launch(_Layer.of(a, weight, multiplier, words=kind == REAL), kind, out_dtype, multiplier, **rest)
+
+
+def _launch(
+    layer: _Layer,
     kind: int,
     out_dtype: torch.dtype,
     multiplier: Tensor,
     *,
     bits: int = 8,
     tanh_form: bool = False,
+    eps: float = 0.0,
     **vectors: Tensor | None,
 ) -> Tensor:
-    """Chooses the tile and launches. ``vectors`` are those of EpilogueArguments (csrc/launchers.h) by name."""
-    w, n = MmaFragments.of(weight), multiplier.shape[0]
-    a2d, out = _rows(a), a.new_empty((*a.shape[:-1], n), dtype=out_dtype)
-    m, k = a2d.shape
-    gpu = gpu_of(a)
-    widest, reordered = w.present()[-1], w.order.shape[0] > 0
-    native4 = w.input_bits <= 4 and widest <= 4 and gpu.cc in NATIVE_4BIT
-    plan = choose(Problem(m, n, k, widest, reordered, native4, words=kind == REAL), gpu)
+    """``vectors`` are those of EpilogueArguments (csrc/launchers.h) by name."""
+    a, w, plan, (m, k), n = layer.a, layer.weight, layer.plan, layer.a.shape, layer.shape[-1]
+    out = a.new_empty(layer.shape, dtype=out_dtype)
     partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.has_workspace else None
 
     # Held here until the launch: only their addresses are handed over.
     given = {name: None if tensor is None else _aligned(tensor) for name, tensor in vectors.items()}
-    given["multiplier"] = multiplier.contiguous()
+    given["multiplier"] = _aligned(multiplier)
     residual, levels = given.get("residual"), given.get("levels")
     names = ("multiplier", "bias_q", "zero_point", "inv_scale", "thresholds", "levels", "residual", "token_scale")
     epilogue = module().EpilogueArguments(
@@ -123,16 +171,18 @@ def _linear(
         bits,
         tanh_form,
         DTYPES.get(out_dtype, 0),
+        *(pointer(given.get(name)) for name in ("gain", "offset")),
+        eps,
+        pointer(given.get("codes")),
     )
     steps = -(-k // STEP_COLS)
     settled = all([is_settled(w.chunks), is_settled(w.groups)])  # both are noted
+    order = w.order if layer.reordered else None
     arranged = module().LinearWeight(
-        *map(pointer, (w.chunks, w.groups, w.order if reordered else None)), w.groups.shape[0], steps, widest, settled
+        *map(pointer, (w.chunks, w.groups, order)), w.groups.shape[0], steps, layer.widest, settled
     )
-    sizes = (m, n, k)
-    launch(
-        "linear", a, a2d, a2d.stride(0), arranged, *sizes, epilogue, kind, plan.tile, native4, plan.parts, partial, out
-    )
+    how = (epilogue, kind, plan.tile, layer.native4, plan.parts, partial, out)
+    launch("linear", a, a, a.stride(0), arranged, m, n, k, *how)
     return out
 
 

@@ -20,7 +20,12 @@ FILL + n (steps max(mma, load, shared) + way out). How much of one warpgroup's w
 is not known, so nothing of it is counted. Parts of K are the blocks of a cluster there, in one launch: each has the
 steps of a part and a share of the way out, and in between
 
-    exchange = MEETING + 4 R T / 128 + 4 R T (parts - 1) / parts / DSMEM   sums staged, and read by the others"""
+    exchange = MEETING + 4 R T / 128 + 4 R T (parts - 1) / parts / DSMEM   sums staged, and read by the others
+
+A LayerNorm behind the layer is a kernel more, which starts early, or on wgmma part of the way out of a cluster that
+holds all rows (csrc/gemm_sm90_norm.cuh), which has one turn:
+
+    time = turns (FILL + steps max(mma, load, shared) + R T (EPILOGUE + NORM) / 128 + MEETING)"""
 
 from __future__ import annotations
 
@@ -31,6 +36,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
+from vitq_kernels.ops.cuda.gpus import Architecture, Gpu, architecture
 from vitq_kernels.ops.mma_fragments import GROUP_ROWS, STEP_COLS
 
 FILL_CLOCKS = 1500  # vectors and first stages from memory
@@ -43,6 +49,11 @@ WGMMA_PARTS = (1, 2, 4)  # the blocks of a cluster
 MEETING_CLOCKS = 1000  # two barriers of a cluster, the first sums from another SM; assumed
 DSMEM_BYTES = 14  # a clock and SM from other SMs, assumed: what is published adds up to about 3.3 TB/s of a H100
 VECTOR_BYTES = 20  # a row of the tile: four vectors and where it is staged
+GPC_SMS = 16  # that a GPC has at least on a H100
+EARLY_LAUNCH_US = 1.7  # a kernel that starts while the one in front ends; assumed
+NORM_INSTRUCTIONS = 21.0  # an output more with LayerNorm, by the machine code of 128 tokens
+MOST_NORM_TOKENS, MOST_NORM_ROWS = 192, 1024  # of a tile, of the layer: csrc/launchers.h
+NORM_BYTES, NORM_GBPS = 3, 0.8 * 4300  # of LayerNorm's own kernel; the target of ../shared/docs/kernels.md 5.3
 BARRIER_BYTES = 1024  # of wgmma, with what aligns the stages behind them
 STEPS_OF_STAGE = 2  # of wgmma
 
@@ -80,6 +91,10 @@ class Tile:
         """How many blocks compute so many outputs: whole clusters."""
         return -(-rows // (self.rows * self.cluster)) * -(-tokens // self.tokens) * self.cluster
 
+    def cluster_of_rows(self, rows: int) -> int:
+        """How many blocks hold all rows for the same tokens: whole clusters of those that share tokens."""
+        return self.cluster * -(-rows // (self.rows * self.cluster))
+
     def shared_clocks(self, widest: int) -> float:
         """Clocks of shared memory of a step of wgmma: all bytes come in and are read, tokens by each warpgroup."""
         read = STEP_COLS * (self.rows // GROUP_ROWS * self.tokens + self.rows * widest / 8)
@@ -109,41 +124,6 @@ TILES = (
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A class of GPUs: sizes that are facts and rates that the model uses."""
-
-    cc: int  # the first compute capability of the class
-    shared_bytes: int  # a block may use
-    shared_per_sm: int
-    products: int  # int8 multiply-adds of mma.sync a clock and SM, dense peak
-    reached: float  # part of it that the loop is assumed to reach
-    l2_bytes: float  # a clock and SM; assumed
-    ghz: float
-    wgmma_products: int = 0  # of wgmma, dense peak; 0: it has none
-
-
-# Ascending; a GPU belongs to the last class whose cc it reaches. Half of Hopper's peak is assumed for mma.sync.
-ARCHITECTURES = (
-    Architecture(80, 163 << 10, 164 << 10, 2048, 0.75, 32, 1.41),
-    Architecture(86, 99 << 10, 100 << 10, 1024, 0.75, 20, 1.7),
-    Architecture(89, 99 << 10, 100 << 10, 1024, 0.75, 20, 2.5),
-    Architecture(90, 227 << 10, 228 << 10, 2048, 0.9, 32, 1.755, wgmma_products=4096),
-    Architecture(100, 227 << 10, 228 << 10, 2048, 0.75, 32, 1.85),
-    Architecture(120, 99 << 10, 100 << 10, 1024, 0.75, 20, 2.4),
-)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the choice must know of a GPU."""
-
-    cc: int  # compute capability, 80 for 8.0
-    sms: int
-    name: str = ""
-    has_wgmma: bool = True  # where the architecture does: whether the extension was built for it
-
-
-@dataclass(frozen=True)
 class Problem:
     """A linear layer as the choice sees it."""
 
@@ -154,6 +134,7 @@ class Problem:
     reordered: bool  # rows are stored in another order than the model's
     native4: bool  # 4-bit products
     words: bool = False  # outputs are float32 until they are stored, not codes
+    norm: bool = False  # a LayerNorm follows
 
     @property
     def steps(self) -> int:
@@ -167,6 +148,7 @@ class Plan:
 
     tile: int  # in TILES
     parts: int = 1  # of K
+    norm: bool = False  # the LayerNorm that follows is in the same launch
 
     @property
     def has_workspace(self) -> bool:
@@ -176,7 +158,8 @@ class Plan:
     def __str__(self) -> str:
         tile = TILES[self.tile]
         parts = f", {self.parts} parts" if self.parts > 1 else ""
-        return f"{tile.rows} rows x {tile.tokens} tokens, {tile.threads // 32} warps, {tile.stages} stages{parts}"
+        norm = ", LayerNorm" if self.norm else ""
+        return f"{tile.rows} rows x {tile.tokens} tokens, {tile.threads // 32} warps, {tile.stages} stages{parts}{norm}"
 
 
 _forced: ContextVar[Plan | None] = ContextVar("vitq_cuda_plan", default=None)
@@ -217,23 +200,25 @@ def _first(problem: Problem, gpu: Gpu) -> Plan:
     return rank(problem, gpu)[0][0]
 
 
-def architecture(gpu: Gpu) -> Architecture:
-    """The class that a GPU belongs to."""
-    return [a for a in ARCHITECTURES if a.cc <= max(gpu.cc, ARCHITECTURES[0].cc)][-1]
-
-
 def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
-    """Every tile that the layer and the GPU allow, with every useful number of parts."""
+    """Every tile that the layer and the GPU allow, with every useful number of parts, or with the LayerNorm behind."""
     arch = architecture(gpu)
-    return [
-        Plan(number, parts)
+    tiles = [
+        (number, tile)
         for number, tile in enumerate(TILES)
         if tile.shared_bytes(problem.widest) <= arch.shared_bytes
         and (not tile.wgmma or (arch.wgmma_products and gpu.has_wgmma and not problem.native4))
+    ]
+    plans = [
+        Plan(number, parts)
+        for number, tile in tiles
         for parts in tile.parts()
         # A part keeps at least two steps to run through, of wgmma two stages.
         if parts == 1 or problem.steps >= 2 * parts * (STEPS_OF_STAGE if tile.wgmma else 1)
     ]
+    if problem.norm and problem.rows % 8 == 0 and problem.rows <= MOST_NORM_ROWS:
+        plans += [Plan(n, norm=True) for n, tile in tiles if tile.wgmma and tile.tokens <= MOST_NORM_TOKENS]
+    return plans
 
 
 def step_clocks(tile: Tile, problem: Problem, arch: Architecture) -> float:
@@ -244,6 +229,11 @@ def step_clocks(tile: Tile, problem: Problem, arch: Architecture) -> float:
         tile.copied_bytes(problem.widest) / arch.l2_bytes,
         tile.shared_clocks(problem.widest) if tile.wgmma else 0.0,
     )
+
+
+def clusters_at_once(blocks: int, gpu: Gpu) -> int:
+    """How many clusters of so many blocks a GPU with clusters holds, a block an SM: each within a GPC."""
+    return max(1, gpu.sms // GPC_SMS * (GPC_SMS // blocks))
 
 
 def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
@@ -257,9 +247,14 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     outputs = tile.rows * tile.tokens / (plan.parts if tile.wgmma else 1)  # that a block finishes
     busy, way_out = steps * step, outputs * (EPILOGUE_INSTRUCTIONS / 128 + reorder)
     blocks = tile.blocks_of(problem.rows, problem.tokens) * plan.parts
-    if tile.wgmma and plan.parts > 1:  # a cluster is placed as a whole, and starts anew for each tile
+    if plan.norm:
+        cluster = tile.cluster_of_rows(problem.rows)
+        turns = math.ceil(-(-problem.tokens // tile.tokens) / clusters_at_once(cluster, gpu))
+        way_out += outputs * NORM_INSTRUCTIONS / 128
+        clocks = turns * (FILL_CLOCKS + busy + way_out + MEETING_CLOCKS)
+    elif tile.wgmma and plan.parts > 1:  # a cluster is placed as a whole, and starts anew for each tile
         cluster = tile.cluster * plan.parts
-        turns = math.ceil(blocks / cluster / (gpu.sms // cluster))
+        turns = math.ceil(blocks / cluster / clusters_at_once(cluster, gpu))
         clocks = turns * (FILL_CLOCKS + busy + tile.exchange_clocks(plan.parts) + way_out)
     elif tile.wgmma:
         clocks = FILL_CLOCKS + -(-blocks // gpu.sms) * (busy + way_out)
@@ -271,6 +266,8 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     if plan.has_workspace:
         sum_bytes = 8 * plan.parts * problem.tokens * problem.rows  # written and read, in L2
         us += LAUNCH_US + sum_bytes / (gpu.sms * arch.l2_bytes * 1e3 * arch.ghz)
+    if problem.norm and not plan.norm:
+        us += EARLY_LAUNCH_US + NORM_BYTES * problem.tokens * problem.rows / NORM_GBPS / 1e3
     return us
 
 

@@ -27,6 +27,9 @@ from vitq_kernels.ops.triton.linear import linear_residual as linear_residual
 from vitq_kernels.ops.triton.quantize import quantize as quantize
 from vitq_kernels.ops.triton.quantize import quantize_patches as quantize_patches
 from vitq_kernels.ops.triton.quantize import quantize_per_token as quantize_per_token
+from vitq_kernels.ops.two_passes import linear_then_layernorm
+
+linear_residual_layernorm = linear_then_layernorm(linear_residual, layernorm)
 
 OLDEST = (8, 0)  # integer MMA with an int32 accumulator, m16n8k32, and cp.async
 
