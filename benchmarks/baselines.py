@@ -24,6 +24,7 @@ UNFUSED_PER_TOKEN = "quantize per token + _int_mm + dequantize (eager torch)"
 TORCHAO = "torchao int8 dynamic linear, bf16"
 TORCH_ADD_LAYERNORM = "add + LayerNorm + quantize (eager torch)"
 TORCH_LAYERNORM_PER_TOKEN = "LayerNorm + quantize per token (eager torch)"
+TORCH_LINEAR_LAYERNORM = "bf16 F.linear + add + LayerNorm + quantize (eager torch)"
 TORCH_PER_TOKEN = "quantize per token (eager torch)"
 TORCH_PATCHES = "unfold + quantize (eager torch)"
 SDPA = {
@@ -53,6 +54,13 @@ def torch_add_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
     """A sum, and its LayerNorm's codes."""
     total = x + residual
     return total, torch_layernorm(total, weight, bias, inv_scale)
+
+
+def torch_linear_layernorm(
+    x: Tensor, w: Tensor, bias: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor], inv_scale: float
+) -> Any:
+    """A layer added to a residual, and the sum's LayerNorm's codes."""
+    return torch_add_layernorm(F.linear(x, w, bias), residual, *norm, inv_scale)
 
 
 def torch_layernorm_per_token(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from benchmarks.kernel_backend import KernelBackend, Layer
 from benchmarks.kernel_targets import cuda_targets
 from vitq_kernels.ops.cuda.gpus import Gpu
 from vitq_kernels.ops.cuda.launch import early_starts, gpu_of
-from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Problem, asked, candidates, choose, forced, rank
+from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Plan, Problem, asked, candidates, choose, forced, rank
 from vitq_kernels.ops.mma_fragments import place_rows
 
 CODE_OPS = ("linear_codes", "linear_gelu_codes", "linear_gelu_levels")
@@ -30,6 +30,11 @@ def has_4bit_products(gpu: Gpu) -> bool:
     return gpu.cc in NATIVE_4BIT
 
 
+def with_norm(plan: Plan) -> bool:
+    """As the plan says."""
+    return plan.norm
+
+
 CUDA = KernelBackend(
     name="cuda",
     gpu_of=gpu_of,
@@ -40,8 +45,9 @@ CUDA = KernelBackend(
     forced=forced,
     asked=asked,
     targets=cuda_targets,
-    shapes=("mixed", "uniform", "mixed in order", "4 bits", "mixed, 4 bits", "LayerNorm"),
+    shapes=("mixed", "uniform", "mixed in order", "4 bits", "mixed, 4 bits", "LayerNorm", "LayerNorm, mixed"),
     has_4bit_products=has_4bit_products,
     compiles=False,
+    with_norm=with_norm,
     ways_to_launch={"no early start": partial(early_starts, False)},
 )

@@ -24,7 +24,7 @@ from benchmarks.sampled_tests import REPORT
 TOOLS = ("memcheck", "racecheck")
 CUDA_BIN = "/usr/local/cuda/bin"
 OPTIONS = ("--kernel-name", "kernel_substring=vitq", "--report-api-errors", "no")
-TESTS = ("test_cuda_linear.py", "test_cuda_rows.py", "test_cuda_attention.py")
+TESTS = ("test_cuda_linear.py", "test_cuda_norm.py", "test_cuda_rows.py", "test_cuda_attention.py")
 EACH = 6  # parameter sets of a test function
 RESERVE_S = 5.0  # left to the stage when it stops
 END_S = 5.0  # of a tool's time is left to its last test and its end

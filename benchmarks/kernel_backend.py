@@ -47,6 +47,7 @@ class KernelBackend:
     shapes: tuple[str, ...]  # of kernel_checks.TILE_SHAPES: every tile is tried on them
     has_4bit_products: Callable[[Gpu], bool]
     compiles: bool  # on the first launch, so that what is timed is compiled before
+    with_norm: Callable[[Tile], bool]  # whether a tile has the LayerNorm behind the layer in its launch
     # What a launch's least time is measured under, beside the default: a context by what rows call it.
     ways_to_launch: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
 

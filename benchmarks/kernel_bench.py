@@ -226,7 +226,7 @@ def compile_tasks(
 def best_tiles(backend: KernelBackend, problem: Problem, gpu: Any) -> list[tuple[int, tuple[Tile, float]]]:
     """The tiles that the cost model likes best, by their rank; where LayerNorm follows, of both ways to launch it."""
     ranked = list(enumerate(backend.rank(problem, gpu), 1))
-    ways = [[item for item in ranked if getattr(item[1][0], "norm", False) == norm] for norm in (False, True)]
+    ways = [[item for item in ranked if backend.with_norm(item[1][0]) == norm] for norm in (False, True)]
     return sorted(itertools.chain(*(way[:BEST_TILES] for way in ways)))
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from benchmarks.baselines import (
     CUBLAS_F16,
     SDPA,
+    TORCH_LINEAR_LAYERNORM,
     UNFUSED_PER_TOKEN,
     Baselines,
     int_mm,
     sdpa,
+    torch_linear_layernorm,
     torchao_linear,
     unfused_linear,
     unfused_per_token,
@@ -156,6 +158,10 @@ class LinearCase:
             found[UNFUSED_PER_TOKEN] = (unfused_per_token, (real, weight, multiplier, bias))
         else:
             found[UNFUSED] = (unfused_linear, (real, 64.0, weight, multiplier, bias))
+        if self.op == "linear_residual_layernorm":
+            norm = (torch.ones_like(half_bias), torch.zeros_like(half_bias))
+            arguments = (x, w, half_bias, given["residual"].to(x.dtype), norm, 35.0)
+            found[TORCH_LINEAR_LAYERNORM] = (torch_linear_layernorm, arguments)
         return found | torchao_linear(x, w, half_bias)
 
 

@@ -51,6 +51,7 @@ TILE_SHAPES = {
     "mixed, 4 bits": (Layer(197, 1328, _mixed((3, 2, 4, 4), 32), input_bits=4), "extreme"),
     # 6 blocks of a cluster; by twos, the last has no rows.
     "LayerNorm": (Layer(197, 1328, RowGroups.uniform(680, 4), "linear_residual_layernorm"), "random"),
+    "LayerNorm, mixed": (Layer(197, 1328, _mixed((3, 2, 2, 8), 32), "linear_residual_layernorm"), "extreme"),
 }
 Task = tuple[str, Any]  # which check, and of what
 # Runs a function on tasks, leaves so many seconds, and yields (task, what was wrong) of those that came in time.
@@ -120,9 +121,9 @@ def tile_case(name: str) -> Built:
     known = {"a": a, "weight": pack_weight(weight, groups), "multiplier": multiplier, "bias_q": bias_q}
     tail: dict[str, Any] = {"zero_point": zero_points((groups.rows,), 8, 55), "bits": 8}
     if layer.op == "linear_residual_layernorm":
-        vectors = {name: uniform(-30, 30, (groups.rows,), seed) for name, seed in (("gain", 56), ("offset", 57))}
-        residual = reals("normal", (m, groups.rows), torch.float16, seed=58)
-        tail = {"residual": residual, **vectors, "eps": 1e-6, "bits": 8}
+        vectors = {vector: uniform(-30, 30, (groups.rows,), seed) for vector, seed in (("gain", 56), ("offset", 57))}
+        dtype = torch.float16 if len(set(groups.bits)) == 1 else torch.float32  # the most registers
+        tail = {"residual": reals("normal", (m, groups.rows), dtype, seed=58), **vectors, "eps": 1e-6, "bits": 8}
     return Built(layer.op, f"tiles-{name}", known | tail, layer.input_bits)
 
 

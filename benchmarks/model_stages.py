@@ -38,11 +38,14 @@ BITS = (8, 8)  # of weights and activations
 CAPTURED, FUSED = "ours-captured", "ours_fused-captured"
 # Names of candidates by what a job compiles; ours, eager, is always there.
 KINDS = {
-    "eager and captured": (CAPTURED, FUSED, "float16", "bfloat16", "float16-captured"),
+    "eager and captured": (CAPTURED, "float16", "bfloat16", "float16-captured"),
     "compiled": (CAPTURED, "float16", "float16-captured", "float16-compiled"),
     "max-autotune": (CAPTURED, "float16-captured", "float16-compiled", "float16-max-autotune"),
+    "fused": (CAPTURED, FUSED),
 }
-GUESSED_S = {"eager and captured": 12.0, "compiled": 45.0, "max-autotune": 90.0}  # of the first job of a kind
+# Of the first job of a kind.
+GUESSED_S = {"eager and captured": 12.0, "compiled": 45.0, "max-autotune": 90.0, "fused": 6.0}
+FUSED_MODELS, FUSED_BATCH = ("ViT-B", "ViT-L"), 8  # where one launch is expected to win, backend cuda's on Hopper
 FIRST_BATCHES = (64, 8, 1, 256)  # the most valuable first
 OTHERS = ("ViT-S", "ViT-T", "ViT-L")
 BUDGET_S, RESERVE_S = 3.0, 5.0
@@ -70,12 +73,14 @@ class Job:
 def plan(backends: Sequence[str]) -> list[Job]:
     """The most valuable first: ViT-B at batch 64, at the others, with the other backends, tuned, the other models."""
     first, *others = backends
-    eager, compiled, tuned = KINDS
+    eager, compiled, tuned, fused = KINDS
     jobs = [Job("ViT-B", FIRST_BATCHES[0], first, kind) for kind in (eager, compiled)]
     jobs += [Job("ViT-B", batch, first, kind) for kind in (eager, compiled) for batch in FIRST_BATCHES[1:]]
     jobs += [Job("ViT-B", batch, other, eager) for other in others for batch in FIRST_BATCHES]
     jobs += [Job("ViT-B", batch, first, tuned) for batch in FIRST_BATCHES]
-    return jobs + [Job(model, batch, first, kind) for model in OTHERS for kind in KINDS for batch in FIRST_BATCHES]
+    jobs += [Job(model, FUSED_BATCH, first, fused) for model in FUSED_MODELS if first == "cuda"]
+    kinds = (eager, compiled, tuned)
+    return jobs + [Job(model, batch, first, kind) for model in OTHERS for kind in kinds for batch in FIRST_BATCHES]
 
 
 @dataclass

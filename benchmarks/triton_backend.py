@@ -6,7 +6,7 @@ from benchmarks.kernel_backend import KernelBackend, Layer
 from benchmarks.kernel_targets import triton_targets
 from vitq_kernels.ops.bit_planes import place_rows
 from vitq_kernels.ops.triton.launch import Device, device_of
-from vitq_kernels.ops.triton.tiles import Problem, candidates, rank
+from vitq_kernels.ops.triton.tiles import Problem, Tile, candidates, rank
 from vitq_kernels.ops.triton.tuned import asked, choose, forced
 
 EPILOGUES = {
@@ -28,6 +28,11 @@ def has_4bit_products(gpu: Device) -> bool:
     return False
 
 
+def with_norm(tile: Tile) -> bool:
+    """No tile has it."""
+    return False
+
+
 TRITON = KernelBackend(
     name="triton",
     gpu_of=device_of,
@@ -41,4 +46,5 @@ TRITON = KernelBackend(
     shapes=("mixed", "uniform"),
     has_4bit_products=has_4bit_products,
     compiles=True,
+    with_norm=with_norm,
 )

@@ -106,6 +106,7 @@ PYBIND11_MODULE(_cuda, module) {
                                        at<int8_t>(codes)};
       }));
   define(module, "linear", &vitq::linear);
+  module.def("clusters_at_once", &vitq::clusters_at_once);
   module.def("gemm_tiles", [] {
     std::vector<std::tuple<int, int, int, int, int, bool, int>> rows;
     for (int i = 0; i < vitq::kGemmTiles; ++i) {

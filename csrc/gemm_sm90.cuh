@@ -312,9 +312,6 @@ __device__ __forceinline__ void store_tile(const GemmArguments& with, int32_t (&
   }
 }
 
-// All workers of the cluster have staged what others read: their sums, or the moments of their rows.
-__device__ __forceinline__ void cluster_has_staged() { VITQ_CLUSTER_BARRIER(); }
-
 // The way out of a tile whose K is cut into parts.
 template <Epilogue kKind, class T>
 __device__ __forceinline__ void share_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2],
@@ -332,21 +329,6 @@ __device__ __forceinline__ void share_tile(const GemmArguments& with, int32_t (&
   cluster_has_staged();
   finish_share<kKind, T>(with, vectors, row, place.token * T::kTokens, member.part, part_bits,
                          static_cast<unsigned>(member.place()));
-}
-
-// The way out of a tile of all rows.
-template <class T>
-__device__ __forceinline__ void norm_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2],
-                                          const TilePlace<T>& place, int shift) {
-  const int first_row = place.row * T::kRows;
-  stage_sums<T>(with, acc, first_row, shift);
-  NormTile<T> tile(with, first_row, place.token * T::kTokens);
-  with_constant(static_cast<Real>(with.epilogue.real_dtype),
-                [&](auto dtype) { tile.template finish<decltype(dtype)::value>(); });
-  tile.stage_moments();
-  cluster_has_staged();
-  tile.gather_moments();
-  tile.store_norm();
 }
 
 // A worker warp: every tile of this block.
@@ -388,7 +370,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmArguments& with, const 
 #undef VITQ_WIDTH
     const int shift = 8 - widths.of(static_cast<int>(static_cast<unsigned>(warp_index()) % 4));
     if constexpr (T::kWholeRows) {
-      norm_tile<T>(with, acc, place, shift);
+      norm_tile<T>(with, acc, place.row * T::kRows, place.token * T::kTokens, shift);
     } else if (order.in_parts()) {
       share_tile<kKind, T>(with, acc, member, place, order.part_bits, shift);
     } else {
@@ -453,7 +435,9 @@ void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream
   dim3 grid;
   if constexpr (T::kWholeRows) {
     cluster *= order.row_tiles, order.row_tiles = 1;
-    require(order.token_tiles < 1 << 16, "linear: too many tokens, got " + std::to_string(with.tokens));
+    require(order.token_tiles <= kMostNormTiles,
+            "linear: tokens with LayerNorm must be at most " + std::to_string(kMostNormTiles) + " tiles of " +
+                std::to_string(T::kTokens) + ", got " + std::to_string(with.tokens));
     grid = dim3(cluster, order.token_tiles);
   } else {
     const int at_once = parts > 1 ? order.count() : sm_count() / cluster;
@@ -478,7 +462,8 @@ void launch_wgmma_of_kind(const GemmArguments& with, int parts, cudaStream_t str
   } else if constexpr (T::kTokens <= kMostNormTokens) {
     launch_wgmma_tile<kKind, AllRows<T>>(with, parts, stream);
   } else {
-    require(false, "linear: LayerNorm follows on tiles of at most " + std::to_string(kMostNormTokens) + " tokens");
+    require(false, "linear: a tile with LayerNorm must have at most " + std::to_string(kMostNormTokens) +
+                       " tokens, got " + std::to_string(T::kTokens));
   }
 }
 

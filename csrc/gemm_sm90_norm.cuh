@@ -143,7 +143,7 @@ struct NormTile {
   // Takes the mean of the block's rows off its outputs, and shows the cluster the moments.
   __device__ __forceinline__ void stage_moments() {
     const int rows = rows_from(first_row);
-    const float part = rows > 0 ? 1.0f / static_cast<float>(rows) : 0.0f;
+    const float inverse = rows > 0 ? 1.0f / static_cast<float>(rows) : 0.0f;
 #pragma unroll
     for (int token = 0; token < 2 * kPanels; ++token) {
       const int p = token / 2, i = token % 2;
@@ -153,7 +153,7 @@ struct NormTile {
         const float x = value[p][at / kRun][i][at % kRun];
         totals[at % kRun] = at < kRun ? x : totals[at % kRun] + x;
       }
-      const float mean = sum_of_token(sum_of(totals)) * part;
+      const float mean = sum_of_token(sum_of(totals)) * inverse;
 #pragma unroll
       for (int at = 0; at < kRuns * kRun; ++at) {
         const int run = at / kRun, r = at % kRun;
@@ -167,10 +167,14 @@ struct NormTile {
     }
   }
 
-  // After the barrier behind which all blocks of the cluster have staged their moments: those of all rows. Each of the
-  // eight lanes that share tokens does it for one of them; where there are fewer, some for the same.
-  __device__ __forceinline__ void gather_moments() {
-    const int slot = group() % (2 * kPanels), token = token_at(slot / 2, slot % 2);
+  // After the barrier behind which all blocks of the cluster have staged their moments: the norms of the warp's tokens.
+  __device__ __forceinline__ void make_norms() const {
+    if (group() < 2 * kPanels) make_norm(token_at(group() / 2, group() % 2));
+    sync_warp();  // they are there
+  }
+
+  // Of one of the tokens that eight lanes share, by the moments of all rows.
+  __device__ __forceinline__ void make_norm(int token) const {
     float mean[kMostBlocks], rest[kMostBlocks], square[kMostBlocks], all_mean = 0.0f;
 #pragma unroll
     for (int block = 0; block < kMostBlocks; ++block) {
@@ -184,8 +188,8 @@ struct NormTile {
       const int rows = rows_from(block * T::kRows);
       if (rows > 0) all_mean = fmaf(static_cast<float>(rows), mean[block], all_mean);
     }
-    const float part = 1.0f / static_cast<float>(with.rows);
-    all_mean *= part;
+    const float inverse = 1.0f / static_cast<float>(with.rows);
+    all_mean *= inverse;
     float all_rest = 0.0f, all_square = 0.0f;
 #pragma unroll
     for (int block = 0; block < kMostBlocks; ++block) {
@@ -194,10 +198,9 @@ struct NormTile {
       const float away = mean[block] - all_mean, moved = fmaf(static_cast<float>(rows), away, rest[block]);
       all_rest += moved, all_square += fmaf(away, rest[block] + moved, square[block]);
     }
-    Norm norm = norm_of(all_rest * part, all_square * part, with.epilogue.eps);
+    Norm norm = norm_of(all_rest * inverse, all_square * inverse, with.epilogue.eps);
     norm.shift = fmaf(moments(token)->mean - all_mean, norm.rstd, norm.shift);  // of a distance from the block's mean
     *norms(token) = norm;
-    sync_warp();  // the norms of the warp's tokens are there
   }
 
   __device__ __forceinline__ void store_norm() const {
@@ -224,5 +227,19 @@ struct NormTile {
     });
   }
 };
+
+// The way out of a tile of all rows.
+template <class T>
+__device__ __forceinline__ void norm_tile(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2], int first_row,
+                                          int first_token, int shift) {
+  stage_sums<T>(with, acc, first_row, shift);
+  NormTile<T> tile(with, first_row, first_token);
+  with_constant(static_cast<Real>(with.epilogue.real_dtype),
+                [&](auto dtype) { tile.template finish<decltype(dtype)::value>(); });
+  tile.stage_moments();
+  cluster_has_staged();
+  tile.make_norms();
+  tile.store_norm();
+}
 
 }  // namespace vitq

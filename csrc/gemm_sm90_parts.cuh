@@ -59,6 +59,9 @@ __device__ __forceinline__ void stage_sums(const GemmArguments& with, int32_t (&
   }
 }
 
+// All workers of the cluster have staged what others read: their sums, or the moments of their rows.
+__device__ __forceinline__ void cluster_has_staged() { VITQ_CLUSTER_BARRIER(); }
+
 // Where a thread's run begins in the tile's rows.
 template <class T>
 __device__ __forceinline__ int first_of_run() {

@@ -21,6 +21,10 @@ inline void require(bool holds, const std::string& message) {
 template <typename Kernel>
 void allow_shared_memory(Kernel*, size_t, const char*) {}
 inline void check_launch(const char*) {}
+template <typename Kernel>
+int count_clusters(Kernel*, int, int, size_t) {
+  return 1;  // one after another
+}
 #else
 inline void check(cudaError_t error, const char* kernel) {
   if (error != cudaSuccess) {
@@ -72,6 +76,23 @@ void launch_kernel(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, u
     attributes[how.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchKernelEx(&how, kernel, arguments...);  // an error is the last one too: check_launch
+}
+
+// How many clusters of so many blocks run at once; 0 where the device has none, or does not say.
+template <typename Kernel>
+int count_clusters(Kernel* kernel, int blocks, int threads, size_t shared_bytes) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(blocks), how.blockDim = dim3(threads), how.dynamicSmemBytes = shared_bytes;
+  how.attrs = &attribute, how.numAttrs = 1;
+  int found = 0;
+  const bool known = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&found, kernel, &how) == cudaSuccess;
+  if (!known) cudaGetLastError();  // nothing was launched: the next launch must not be blamed
+  return known ? found : 0;
 }
 
 // A launch is written once for both builds.

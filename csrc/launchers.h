@@ -113,6 +113,9 @@ GemmTile gemm_tile(int index);
 // Bytes of shared memory of a block; staged: its outputs are (is_staged of gemm_tiles.cuh).
 int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);
 
+// How many clusters of so many blocks of wgmma the current device runs at once; 0 where it has none, or does not say.
+int clusters_at_once(int blocks);
+
 // a int8 [tokens, columns], rows `a_stride` bytes apart, both multiples of 16 and zero beyond K, to out [tokens, rows].
 // parts > 1: of K. On wgmma, where they are 2 or 4, one kernel adds them; else partial int32 [parts, tokens, rows]
 // receives their sums, which a second one adds. native4: a holds codes of 4 bits, the weight no rows above 4, and the
@@ -120,6 +123,7 @@ int gemm_shared_bytes(int index, int widest, bool staged, Epilogue kind);
 // one part, rows a multiple of 8 and at most kMostNormRows (a cluster has up to 8 blocks), multiplier, bias_q and residual
 // given, and these, out, gain, offset and codes at multiples of 16 bytes.
 constexpr int kMostNormTokens = 192, kMostNormRows = 1024;
+constexpr int kMostNormTiles = 65535;  // of tokens: grid.y
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
             EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,
             cudaStream_t stream);

@@ -1,6 +1,9 @@
 // The launcher of the linear ops: a GEMM of either kind; that of mma.sync in several parts is followed by a kernel that
 // adds them.
 
+#include <algorithm>
+#include <iterator>
+
 #include "gemm_sm80.cuh"
 #include "gemm_sm90.cuh"
 
@@ -80,6 +83,26 @@ void launch_linear(GemmArguments with, int tile, bool native4, int parts, int32_
   }
 }
 
+// What a launch with LayerNorm takes for granted.
+void check_norm(const GemmArguments& with, int tile, bool native4, int parts) {
+  require(gemm_tile(tile).wgmma && !native4,
+          "linear: a tile with LayerNorm must be one of wgmma, got " + std::to_string(tile));
+  require(parts == 1, "linear: parts with LayerNorm must be 1, got " + std::to_string(parts));
+  require(with.rows % kRun == 0 && with.rows <= kMostNormRows,
+          "linear: rows with LayerNorm must be a multiple of 8 up to " + std::to_string(kMostNormRows) + ", got " +
+              std::to_string(with.rows));
+  const EpilogueArguments& e = with.epilogue;
+  const void* pointers[] = {with.out, e.multiplier, e.bias_q, e.residual, e.gain, e.offset, e.codes};
+  const bool usable = std::all_of(std::begin(pointers), std::end(pointers),
+                                  [](const void* pointer) { return pointer != nullptr && is_aligned(pointer); });
+  require(usable,
+          "linear: out, multiplier, bias_q, residual, gain, offset and codes with LayerNorm must be given and begin at "
+          "multiples of 16 bytes");
+  require(2 <= e.bits && e.bits <= 8, "linear: bits must be in 2..8, got " + std::to_string(e.bits));
+  require(0 <= e.real_dtype && e.real_dtype <= 2,
+          "linear: real_dtype must be in 0..2, got " + std::to_string(e.real_dtype));
+}
+
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,
             EpilogueArguments epilogue, int kind, int tile, bool native4, int parts, int32_t* partial, void* out,
             cudaStream_t stream) {
@@ -105,10 +128,7 @@ void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, 
     VITQ_KIND(kReal)
 #undef VITQ_KIND
     case Epilogue::kNorm:
-      require(gemm_tile(tile).wgmma && !native4, "linear: LayerNorm follows in the same launch on wgmma alone");
-      require(rows % kRun == 0 && rows <= kMostNormRows, "linear: LayerNorm takes a multiple of 8 rows up to " +
-                                                             std::to_string(kMostNormRows) + ", got " +
-                                                             std::to_string(rows));
+      check_norm(with, tile, native4, parts);
       return launch_wgmma<Epilogue::kNorm>(with, tile, 1, stream);
     default:
       require(false, "linear: kind must be 0, 1, 2 or 4, got " + std::to_string(kind));

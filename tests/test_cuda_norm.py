@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,22 @@ from tests.test_cuda_linear import (
     run,
     tile_id,
 )
+from vitq_kernels.ops.cuda import launch
 from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.gpus import Gpu
-from vitq_kernels.ops.cuda.tiles import MOST_NORM_TOKENS, TILES, Plan, Problem, asked, candidates, choose, forced, rank
+from vitq_kernels.ops.cuda.linear import NORM
+from vitq_kernels.ops.cuda.tiles import (
+    MOST_NORM_TOKENS,
+    TILES,
+    Plan,
+    Problem,
+    asked,
+    candidates,
+    choose,
+    estimate_us,
+    forced,
+    rank,
+)
 from vitq_kernels.spec import RowGroups
 
 NORM_TILES = [n for n, tile in enumerate(TILES) if tile.wgmma and tile.tokens <= MOST_NORM_TOKENS]
@@ -144,17 +159,41 @@ def test_tensors_that_begin_anywhere(cuda: BackendCase) -> None:
 @pytest.mark.parametrize(
     ("plan", "n", "message"),
     [
-        (Plan(0, norm=True), 72, "LayerNorm follows in the same launch on wgmma alone"),
-        (Plan(6, norm=True), 72, "LayerNorm follows on tiles of at most 192 tokens"),
-        (Plan(SINGLE, norm=True), 12, "LayerNorm takes a multiple of 8 rows up to 1024, got 12"),
-        (Plan(SINGLE, norm=True), 1032, "LayerNorm takes a multiple of 8 rows up to 1024, got 1032"),
+        (Plan(0, norm=True), 72, "a tile with LayerNorm must be one of wgmma, got 0"),
+        (Plan(6, norm=True), 72, "a tile with LayerNorm must have at most 192 tokens, got 256"),
+        (Plan(SINGLE, 2, norm=True), 72, "parts with LayerNorm must be 1, got 2"),
+        (Plan(SINGLE, norm=True), 12, "rows with LayerNorm must be a multiple of 8 up to 1024, got 12"),
+        (Plan(SINGLE, norm=True), 1032, "rows with LayerNorm must be a multiple of 8 up to 1024, got 1032"),
     ],
-    ids=["mma", "tokens", "odd-rows", "rows"],
+    ids=["mma", "tokens", "parts", "odd-rows", "rows"],
 )
-def test_a_wrong_call_is_refused(emulated: BackendCase, plan: Plan, n: int, message: str) -> None:
-    case = norm_case(RowGroups.uniform(n, 4), 3, 64, stream(3, n))
+def test_a_wrong_plan_is_refused(emulated: BackendCase, plan: Plan, n: int, message: str) -> None:
+    case = norm_case(RowGroups.uniform(n, 4), 3, 128, stream(3, n))
     with forced(plan), pytest.raises(ValueError, match=rf"^vitq_kernels._cuda: linear: {message}$"):
         run(case, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gain": 0}, "out, multiplier, bias_q, residual, gain, offset and codes .* must be given"),
+        ({"bias_q": 8}, "out, multiplier, .* must be given and begin at multiples of 16 bytes"),
+        ({"bits": 9}, "bits must be in 2..8, got 9"),
+        ({"real_dtype": 3}, "real_dtype must be in 0..2, got 3"),
+    ],
+    ids=["null", "unaligned", "bits", "dtype"],
+)
+def test_a_wrong_launch_is_refused(emulated: BackendCase, changes: dict[str, int], message: str) -> None:
+    """Before anything is read: the addresses are of nothing."""
+    names = ("multiplier", "bias_q", "zero_point", "inv_scale", "thresholds", "levels", "residual", "token_scale")
+    given = {name: 16 * place for place, name in enumerate((*names, "gain", "offset", "codes"), 1)} | {"bits": 8}
+    given |= {"real_dtype": 0} | changes
+    addresses = [given[name] for name in names]
+    tail = (0, 1, given["bits"], False, given["real_dtype"], given["gain"], given["offset"], 1e-6, given["codes"])
+    epilogue = module().EpilogueArguments(*addresses, *tail)
+    weight = module().LinearWeight(16, 16, None, 1, 1, 8, False)
+    with pytest.raises(ValueError, match=rf"^vitq_kernels._cuda: linear: {message}"):
+        module().linear(16, 64, weight, 1, 64, 64, epilogue, NORM, SINGLE, False, 1, None, 16, None)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------
@@ -170,6 +209,37 @@ def test_it_is_for_hopper_alone(cc: int) -> None:
 @pytest.mark.parametrize(("rows", "norm"), [(1032, True), (764, True), (768, False)], ids=["rows", "odd", "no-norm"])
 def test_it_is_for_layers_that_a_cluster_holds(rows: int, norm: bool) -> None:
     assert not any(plan.norm for plan in candidates(Problem(197, rows, 768, 8, False, False, True, norm), H100))
+
+
+@pytest.mark.parametrize("clusters", [(7, 3, 2, 1, 1, 0, 0, 0), (0,) * 8, ()], ids=["few", "unknown", "not-asked"])
+def test_it_is_for_gpus_that_hold_the_cluster(clusters: tuple[int, ...]) -> None:
+    """A part of a GPU: of 768 rows a cluster has 6 blocks, of 384 by twos 4."""
+    gpu = Gpu(90, 14, clusters=clusters)
+    for rows, blocks in ((768, 6), (384, 4)):
+        ranked = rank(Problem(197, rows, 768, 8, False, False, True, norm=True), gpu)
+        assert any(plan.norm for plan, _ in ranked) == (gpu.clusters_at_once(blocks) > 0)
+        assert all(plan.parts == 1 for plan, _ in ranked if TILES[plan.tile].wgmma) == (not any(clusters))
+
+
+def test_more_turns_take_longer() -> None:
+    """What the driver says counts, not the formula: 16 tiles of tokens on 15 clusters are two turns."""
+    problem, plan = Problem(1024, 1024, 1024, 8, False, False, True, norm=True), Plan(SINGLE, norm=True)
+    enough, short = (estimate_us(plan, problem, Gpu(90, 132, clusters=(n,) * 8)) for n in (16, 15))
+    assert short > 1.5 * enough
+    assert estimate_us(plan, problem, H100) == enough
+
+
+def test_too_many_tokens_for_a_grid_are_two_launches() -> None:
+    assert not any(plan.norm for plan in candidates(Problem(65536 * 192, 768, 64, 8, False, False, True, True), H100))
+
+
+def test_the_driver_is_asked(emulated: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the emulation answers for it; not where there is no wgmma."""
+    for major, clusters in ((9, (1,) * 8), (8, ())):
+        properties = SimpleNamespace(major=major, minor=0, multi_processor_count=132, name="some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, found=properties: found)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        assert launch._gpu.__wrapped__(0) == Gpu(10 * major, 132, "some GPU", True, clusters)
 
 
 def test_it_is_chosen_where_a_launch_costs_more_than_a_cluster() -> None:

@@ -95,7 +95,7 @@ MAX_LINES = 300
 LONGER = {
     "spec.py": 340,  # the vocabulary: one place to look, plain data
     "ops/triton/attention.py": 320,  # a kernel with its launcher
-    "ops/reference.py": 380,  # the specification: one place to look
+    "ops/reference.py": 385,  # the specification: one place to look
 }
 DUMPING_GROUNDS = {"utils", "util", "helpers", "common", "misc"}
 

@@ -164,7 +164,9 @@ def test_the_shapes_are_what_they_are_listed_for() -> None:
     layers = {name: layer for name, (layer, _) in kernel_checks.TILE_SHAPES.items()}
     assert TRITON.problem(layers["mixed"], TRITON.gpu("cpu")).widths == (3, 4, 6)
     found = {name: CUDA.problem(layers[name], Gpu(80, 108)) for name in CUDA.shapes}
-    assert [name for name, problem in found.items() if problem.reordered] == ["mixed", "mixed, 4 bits"]
+    mixed = ["mixed", "mixed, 4 bits", "LayerNorm, mixed"]
+    assert [name for name, problem in found.items() if problem.reordered] == mixed
+    assert [name for name, problem in found.items() if problem.norm] == ["LayerNorm", "LayerNorm, mixed"]
     assert [name for name, problem in found.items() if problem.native4] == ["4 bits", "mixed, 4 bits"]
     assert len(set(layers["mixed in order"].groups.bits)) == 4
     assert not any(CUDA.problem(layer, Gpu(90, 132)).native4 for layer in layers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from tests.command_line import make_files
 from tests.command_line import run as vitq
 from tests.result_examples import MODELS_FOUND, ORIGIN
 from tests.small_vits import small_vit, variant_quantized
+from tests.test_fuse_layernorm import Called
 from vitq_kernels import model_bench, model_candidates
 from vitq_kernels.model_bench import FEWEST_ROUNDS, bench_models
 from vitq_kernels.model_candidates import (
@@ -27,6 +29,7 @@ from vitq_kernels.model_candidates import (
     captured,
     with_random_weights,
 )
+from vitq_kernels.nn import fuse_layernorm
 from vitq_kernels.stopwatch import wall_times_us
 
 IMAGE = (3, 32, 32)
@@ -52,6 +55,26 @@ def test_names_of_candidates_come_back(name: str) -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^a candidate must be ours, ours_fused, float32, .*, got '{name}'$"):
         Candidate.parse(name)
+
+
+@pytest.mark.parametrize("given_fused", [False, True])
+def test_a_fused_candidate_runs_the_op_and_ours_does_not(
+    given_fused: bool, models: tuple[nn.Module, nn.Module]
+) -> None:
+    """Whatever the model that is given does."""
+    qmodel = copy.deepcopy(models[0])
+    fuse_layernorm(qmodel, given_fused)
+    for name, fused in ((OURS, False), (OURS_FUSED, True)):
+        forward = Candidate.parse(name).build(qmodel, models[1], torch.randn(1, *IMAGE))
+        with Called() as called:
+            forward()
+        assert ("linear_residual_layernorm" in called.counts) == fused
+
+
+def test_a_model_without_the_norm_has_no_fused_candidate() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(CannotRunError, match=r"^the model has no LayerNorm behind a projection"):
+        Candidate.parse(OURS_FUSED).build(model, model, torch.randn(1, 4))
 
 
 def test_what_a_device_compares_with_are_candidates() -> None:

@@ -309,6 +309,12 @@ def test_block_refuses_a_mask(arguments: dict) -> None:
         variant_quantized("class-token").blocks[0](torch.zeros(1, 17, 32), **arguments)
 
 
+def test_a_norm_behind_other_outputs_is_refused() -> None:
+    block = variant_quantized("class-token").blocks[0]
+    with pytest.raises(ValueError, match=r"^QuantLinear: next_norm needs the epilogue 'residual', got 'codes'$"):
+        block.attn.qkv(torch.zeros(1, 3, 32, dtype=torch.int8), next_norm=block.norm2)
+
+
 # --- patches ------------------------------------------------------------------------------------------------------
 
 IMAGES = {

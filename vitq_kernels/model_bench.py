@@ -86,13 +86,13 @@ class ModelBench:
 
     def table(self) -> str:
         """For a reader."""
-        head = f"{'batch':>5}  {'candidate':22} {'p50 ms':>9} {'p95 ms':>9} {'images/s':>9} {'peak MB':>8}"
+        head = f"{'batch':>5}  {'candidate':23} {'p50 ms':>9} {'p95 ms':>9} {'images/s':>9} {'peak MB':>8}"
         lines = [f"{self.device}, ours on {self.backend}", head + "".join(f"  x {name}" for name in self.ours)]
         for row in self.rows:
             numbers = f"{row.p50_ms:9.3f} {row.p95_ms:9.3f} {row.images_per_s:9.1f} {row.peak_bytes / 1e6:8.1f}"
             ratios = [(name, self.ratio(row, name)) for name in self.ours]
             over = "".join(f"  {'-' if x is None else format(x, '.2f'):>{len(name) + 2}}" for name, x in ratios)
-            lines.append(f"{row.batch:5}  {row.candidate:22} {numbers}{over}")
+            lines.append(f"{row.batch:5}  {row.candidate:23} {numbers}{over}")
         return "\n".join([*lines, *(f"not run: {name}: {why}" for name, why in self.skipped.items())])
 
 

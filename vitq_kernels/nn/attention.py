@@ -69,11 +69,11 @@ class QuantAttention(IntegerModule):
         x: Tensor,
         residual: Tensor | None = None,
         rope: Tensor | None = None,
-        norm: QuantLayerNorm | None = None,
+        next_norm: QuantLayerNorm | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Codes int8 [B, S, C] and the residual stream [B, S, C] to the new residual stream, or to real numbers.
 
-        ``norm`` as of ``QuantLinear``.
+        ``next_norm`` as of ``QuantLinear``.
         """
         attended = self.attend(x) if rope is None else self.attend(x, rope)
-        return self.proj(attended, residual, norm=norm)
+        return self.proj(attended, residual, next_norm=next_norm)

@@ -48,7 +48,7 @@ class QuantBlock(nn.Module):
             raise ValueError("QuantBlock: attn_mask and is_causal must be absent, got a mask")
         turned = {} if rope is None else {"rope": rope}
         if self.fused_norm:
-            x, codes = self.attn(self.norm1(x), x, norm=self.norm2, **turned)
+            x, codes = self.attn(self.norm1(x), x, next_norm=self.norm2, **turned)
         else:
             x = self.attn(self.norm1(x), x, **turned)
             codes = self.norm2(x)
@@ -56,18 +56,20 @@ class QuantBlock(nn.Module):
 
 
 def fuse_layernorm(model: nn.Module, fused: bool = True) -> int:
-    """Has the blocks of a quantized model run the LayerNorm behind attention in one op with the projection before it.
+    """Has the blocks of a quantized model run the norm in front of the MLP in one op with attention's projection.
 
-    The integers are the same. Backend ``cuda`` then takes one launch for both on Hopper where its model expects that to
-    be faster (``ops/cuda/tiles.py``); elsewhere it is two, as ever. Not stored in a checkpoint. Hooks on ``norm2`` do
-    not run then.
+    Backend ``cuda`` then takes one launch for both on Hopper where its model expects that to be faster
+    (``ops/cuda/tiles.py``): the same residual stream, codes within the bound of S3. Elsewhere it is two passes, and
+    every bit the same. Not stored in a checkpoint. Hooks on ``norm2`` do not run then, and those on ``attn`` and
+    ``attn.proj`` see two outputs.
 
     Args:
-        model: from ``quantize`` or ``load``; changed in place.
+        model: from ``quantize`` or ``load``; changed in place. What was captured or compiled of it before stays.
         fused: False takes it back.
 
     Returns:
-        How many blocks; those whose norm is no LayerNorm, or stands behind the MLP, are left alone.
+        How many blocks. Left alone are those whose ``norm2`` is no LayerNorm, and those with norms behind attention and
+        MLP (``QuantPostNormBlock``).
     """
     blocks = [module for module in model.modules() if isinstance(module, QuantBlock) and module.can_fuse]
     for block in blocks:

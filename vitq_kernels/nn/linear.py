@@ -143,13 +143,18 @@ class QuantLinear(PackedLinear):
         x: Tensor,
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
-        norm: QuantLayerNorm | None = None,
+        next_norm: QuantLayerNorm | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Codes int8 [..., K] (or float, with ``quantize_input``) to [..., N]; ``residual`` for that epilogue.
 
-        ``out_dtype`` of a real output: where it is not given, that of a float ``x``, float32 for codes. With ``norm``,
-        for epilogue "residual", the new residual stream and what ``norm`` makes of it, in one op.
+        ``out_dtype`` of a real output: where it is not given, that of a float ``x``, float32 for codes. With
+        ``next_norm`` the new residual stream and the codes that this norm makes of it, in one op.
+
+        Raises:
+            ValueError: ``next_norm`` with an epilogue other than "residual".
         """
+        if next_norm is not None and self.epilogue != "residual":
+            raise ValueError(f"QuantLinear: next_norm needs the epilogue 'residual', got {self.epilogue!r}")
         is_float = x.dtype.is_floating_point
         codes = self.quantize_input(x) if is_float and self.quantize_input is not None else x
         weight, layout = self.prepared_weight()
@@ -160,8 +165,9 @@ class QuantLinear(PackedLinear):
             return ops.linear_gelu_codes(*shared, self.inv_scale, self.zero_point, self.out_bits, self.gelu)
         if self.epilogue == "gelu levels":
             return ops.linear_gelu_levels(*shared, self.inv_scale, self.thresholds, self.levels, self.gelu)
-        if self.epilogue == "residual" and norm is not None:
-            return ops.linear_residual_layernorm(*shared, residual, norm.gain, norm.offset, norm.eps, norm.bits)
+        if next_norm is not None:
+            norm = (next_norm.gain, next_norm.offset, next_norm.eps, next_norm.bits)
+            return ops.linear_residual_layernorm(*shared, residual, *norm)
         if self.epilogue == "residual":
             return ops.linear_residual(*shared, residual)
         return ops.linear_real(*shared, out_dtype or (x.dtype if is_float else torch.float32))

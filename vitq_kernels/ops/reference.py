@@ -220,7 +220,10 @@ def linear_residual_layernorm(
     bits: int,
     accumulate: Accumulate = accumulate,
 ) -> tuple[Tensor, Tensor]:
-    """``y = linear_residual(...)``, as it is rounded to its dtype, and ``layernorm(y)``: (y, codes)."""
+    """``y = linear_residual(...)``, as it is rounded to its dtype, and ``layernorm(y)``: (y, codes). Bounded.
+
+    A backend's codes are measured by the LayerNorm of its own y.
+    """
     y = linear_residual(a, weight, multiplier, bias_q, residual, accumulate)
     return y, layernorm(y, gain, offset, eps, bits)
 

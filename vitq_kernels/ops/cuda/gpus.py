@@ -30,6 +30,10 @@ ARCHITECTURES = (
 )
 
 
+GPC_SMS = 16  # that a cluster may lie in; assumed: those of a H100 have 16 or 18, some fewer
+MOST_BLOCKS = 8  # of a cluster, that every GPU with clusters takes
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the choice must know of a GPU."""
@@ -38,6 +42,14 @@ class Gpu:
     sms: int
     name: str = ""
     has_wgmma: bool = True  # where the architecture does: whether the extension was built for it
+    # How many clusters of 1, 2, ... blocks it runs at once, as the driver says; empty where nobody asked.
+    clusters: tuple[int, ...] = ()
+
+    def clusters_at_once(self, blocks: int) -> int:
+        """Of so many blocks, an SM each; without the driver's answer every GPC is taken to have 16 SMs."""
+        if self.clusters:
+            return self.clusters[blocks - 1] if blocks <= len(self.clusters) else 0
+        return self.sms // GPC_SMS * (GPC_SMS // blocks)
 
 
 def architecture(gpu: Gpu) -> Architecture:

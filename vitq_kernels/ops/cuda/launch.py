@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitq_kernels.ops.backends import BackendUnavailableError
 from vitq_kernels.ops.cuda.extension import module
-from vitq_kernels.ops.cuda.gpus import Gpu
+from vitq_kernels.ops.cuda.gpus import MOST_BLOCKS, Gpu, architecture
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # semantics.cuh, Real
 
@@ -25,9 +25,13 @@ def gpu_of(tensor: Tensor) -> Gpu:
 
 @cache
 def _gpu(index: int) -> Gpu:
-    properties = torch.cuda.get_device_properties(index)
+    properties, has_wgmma = torch.cuda.get_device_properties(index), module().has_wgmma
     cc = 10 * properties.major + properties.minor
-    return Gpu(cc, properties.multi_processor_count, properties.name, module().has_wgmma)
+    clusters: tuple[int, ...] = ()
+    if architecture(Gpu(cc, 0)).wgmma_products and has_wgmma:
+        with torch.cuda.device(index):
+            clusters = tuple(module().clusters_at_once(blocks) for blocks in range(1, MOST_BLOCKS + 1))
+    return Gpu(cc, properties.multi_processor_count, properties.name, has_wgmma, clusters)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -25,7 +25,7 @@ steps of a part and a share of the way out, and in between
 A LayerNorm behind the layer is a kernel more, which starts early, or on wgmma part of the way out of a cluster that
 holds all rows (csrc/gemm_sm90_norm.cuh), which has one turn:
 
-    time = turns (FILL + steps max(mma, load, shared) + R T (EPILOGUE + NORM) / 128 + MEETING)"""
+    time = turns (FILL + steps max(mma, load, shared) + R T (EPILOGUE + NORM) / 128 + 2 NORM_ONCE + MEETING)"""
 
 from __future__ import annotations
 
@@ -49,13 +49,12 @@ WGMMA_PARTS = (1, 2, 4)  # the blocks of a cluster
 MEETING_CLOCKS = 1000  # two barriers of a cluster, the first sums from another SM; assumed
 DSMEM_BYTES = 14  # a clock and SM from other SMs, assumed: what is published adds up to about 3.3 TB/s of a H100
 VECTOR_BYTES = 20  # a row of the tile: four vectors and where it is staged
-GPC_SMS = 16  # that a GPC has at least on a H100
 EARLY_LAUNCH_US = 1.7  # a kernel that starts while the one in front ends; assumed
-NORM_INSTRUCTIONS = 21.0  # an output more with LayerNorm, by the machine code of 128 tokens
-MOST_NORM_TOKENS, MOST_NORM_ROWS = 192, 1024  # of a tile, of the layer: csrc/launchers.h
+NORM_INSTRUCTIONS, NORM_ONCE = 14.0, 450  # an output more with LayerNorm; a thread of 256; by the machine code
+MOST_NORM_TOKENS, MOST_NORM_ROWS, MOST_NORM_TILES = 192, 1024, 65535  # of a tile, of the layer: csrc/launchers.h
 NORM_BYTES, NORM_GBPS = 3, 0.8 * 4300  # of LayerNorm's own kernel; the target of ../shared/docs/kernels.md 5.3
 BARRIER_BYTES = 1024  # of wgmma, with what aligns the stages behind them
-STEPS_OF_STAGE = 2  # of wgmma
+STEPS_OF_STAGE, WGMMA_WORKERS = 2, 256  # of wgmma; threads that multiply
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,21 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
         for number, tile in tiles
         for parts in tile.parts()
         # A part keeps at least two steps to run through, of wgmma two stages.
-        if parts == 1 or problem.steps >= 2 * parts * (STEPS_OF_STAGE if tile.wgmma else 1)
+        if parts == 1
+        or (
+            problem.steps >= 2 * parts * (STEPS_OF_STAGE if tile.wgmma else 1)
+            and (not tile.wgmma or gpu.clusters_at_once(tile.cluster * parts) > 0)
+        )
     ]
     if problem.norm and problem.rows % 8 == 0 and problem.rows <= MOST_NORM_ROWS:
-        plans += [Plan(n, norm=True) for n, tile in tiles if tile.wgmma and tile.tokens <= MOST_NORM_TOKENS]
+        plans += [
+            Plan(number, norm=True)
+            for number, tile in tiles
+            if tile.wgmma
+            and tile.tokens <= MOST_NORM_TOKENS
+            and -(-problem.tokens // tile.tokens) <= MOST_NORM_TILES
+            and gpu.clusters_at_once(tile.cluster_of_rows(problem.rows)) > 0
+        ]
     return plans
 
 
@@ -229,11 +239,6 @@ def step_clocks(tile: Tile, problem: Problem, arch: Architecture) -> float:
         tile.copied_bytes(problem.widest) / arch.l2_bytes,
         tile.shared_clocks(problem.widest) if tile.wgmma else 0.0,
     )
-
-
-def clusters_at_once(blocks: int, gpu: Gpu) -> int:
-    """How many clusters of so many blocks a GPU with clusters holds, a block an SM: each within a GPC."""
-    return max(1, gpu.sms // GPC_SMS * (GPC_SMS // blocks))
 
 
 def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
@@ -249,12 +254,12 @@ def estimate_us(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     blocks = tile.blocks_of(problem.rows, problem.tokens) * plan.parts
     if plan.norm:
         cluster = tile.cluster_of_rows(problem.rows)
-        turns = math.ceil(-(-problem.tokens // tile.tokens) / clusters_at_once(cluster, gpu))
-        way_out += outputs * NORM_INSTRUCTIONS / 128
+        turns = math.ceil(-(-problem.tokens // tile.tokens) / gpu.clusters_at_once(cluster))
+        way_out += outputs * NORM_INSTRUCTIONS / 128 + NORM_ONCE * WGMMA_WORKERS / 128
         clocks = turns * (FILL_CLOCKS + busy + way_out + MEETING_CLOCKS)
     elif tile.wgmma and plan.parts > 1:  # a cluster is placed as a whole, and starts anew for each tile
         cluster = tile.cluster * plan.parts
-        turns = math.ceil(blocks / cluster / clusters_at_once(cluster, gpu))
+        turns = math.ceil(blocks / cluster / gpu.clusters_at_once(cluster))
         clocks = turns * (FILL_CLOCKS + busy + tile.exchange_clocks(plan.parts) + way_out)
     elif tile.wgmma:
         clocks = FILL_CLOCKS + -(-blocks // gpu.sms) * (busy + way_out)
