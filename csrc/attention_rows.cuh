@@ -1,5 +1,5 @@
-// Where the operands of a head's attention lie in memory: rows of q, k and v, of all tokens of an image or of those of a
-// window, its bias, and the rows of its output.
+// Where the operands of a head's attention lie in memory: rows of q, k and v, of all tokens of an image or of those of
+// a window, its bias, and the rows of its output.
 //
 // Windows     A place of a window is the token that a table names. Nothing is gathered: each row is read where it lies,
 //             and each output row is written there, so that partition, cyclic shift and their reverse cost a load.

@@ -1,5 +1,5 @@
-// Log2-quantized softmax attention in integers (S4) for Hopper (sm_90a): wgmma, whole heads in shared memory, persistent
-// blocks.
+// Log2-quantized softmax attention in integers (S4) for Hopper (sm_90a): wgmma, whole heads in shared memory,
+// persistent blocks.
 //
 // Computes    What attention_sm80.cu does, without bias and inv_tau. Exact, as there: |acc| <= 2^21.
 // Roles       An item is a head, or some of its tiles of 64 queries where heads are few; a block takes items in turn.
@@ -10,8 +10,8 @@
 //             maximum, and for codes and the second product.
 // Scores      Accumulators begin at the bits of kRoundToInteger: each then is, as a float, kRoundToInteger + score, so
 //             maxima are those of the words, and a distance is one exact subtraction.
-// Key order   A lane's scores 16 p + 8 f + 2 t + c (f, c in 0..1, t: lane % 4) are the bytes 4 t + 2 f + c of the second
-//             product's A fragment: so the values' columns are stored in that order.
+// Key order   A lane's scores 16 p + 8 f + 2 t + c (f, c in 0..1, t: lane % 4) are the bytes 4 t + 2 f + c of the
+//             second product's A fragment: so the values' columns are stored in that order.
 // Value rows  Row 8 j + 2 t + c of the transposed values is channel (dim / 4) t + (dim / 8) c + j: a lane ends with
 //             dim / 4 consecutive channels.
 // Tails       A warp whose 16 queries lie beyond the sequence takes part in products alone: of 197 = 3 * 64 + 5 queries
@@ -29,7 +29,7 @@ namespace {
 
 using namespace hopper_attention;
 
-// --- the loading warpgroup --------------------------------------------------------------------------------------------
+// --- the loading warpgroup -------------------------------------------------------------------------------------------
 
 // Row of the transposed values that holds a channel.
 template <class S>
@@ -108,7 +108,7 @@ __device__ __forceinline__ void load_items(const Arguments& with, const TensorMa
   }
 }
 
-// --- the workers ------------------------------------------------------------------------------------------------------
+// --- the workers -----------------------------------------------------------------------------------------------------
 
 // The warp's 16 queries as A fragments, straight from memory; zeros where there are none.
 template <class S>

@@ -8,8 +8,8 @@
 
 namespace vitq::hopper_attention {
 
-// Two workers: one's codes need the ALUs about as long as the other's products, loads and stores take. A third one would
-// leave each 152 registers, and ptxas takes no product of 208 columns then (C7602).
+// Two workers: one's codes need the ALUs about as long as the other's products, loads and stores take. A third one
+// would leave each 152 registers, and ptxas takes no product of 208 columns then (C7602).
 constexpr int kWarpgroup = 128, kWorkers = 2, kWorkerThreads = kWarpgroup * kWorkers;
 constexpr int kThreads = kWorkerThreads + kWarpgroup;
 constexpr int kWorkerRegisters = 216, kLoaderRegisters = 72;  // of 168 at the start: 2 * 216 + 72 = 3 * 168
@@ -22,8 +22,8 @@ constexpr int kTableBytes = 1024;  // 256 levels; stages lie at multiples of 102
 constexpr int kSharedBytes = 227 << 10;
 constexpr int kMostStages = 2;
 
-// kKeys: of a product. kWhole: all of a row's; then a row's scores stay in registers. kLeast: keys that there are in any
-// case.
+// kKeys: of a product. kWhole: all of a row's; then a row's scores stay in registers. kLeast: keys that there are in
+// any case.
 template <int kDim_, int kKeys_, bool kWhole_, int kLeast_ = 1>
 struct Shape {
   static constexpr int kDim = kDim_, kKeys = kKeys_, kLeast = kLeast_;

@@ -83,9 +83,9 @@ __device__ __forceinline__ void activate(const EpilogueArguments& with, const Ru
   }
 }
 
-// Rescales the accumulators of a run. What comes out: the low byte is the code (kCodes, kGelu); the word is the float32 in
-// real units, without residual (kReal, kNorm); or the accumulator (kPartial). scale_of(i): of output i's token, asked for where
-// there are scales of tokens.
+// Rescales the accumulators of a run. What comes out: the low byte is the code (kCodes, kGelu); the word is the float32
+// in real units, without residual (kReal, kNorm); or the accumulator (kPartial). scale_of(i): of output i's token,
+// asked for where there are scales of tokens.
 template <Epilogue kKind, class ScaleOf>
 __device__ __forceinline__ void rescale(const EpilogueArguments& with, const RunVectors& vectors,
                                         const ScaleOf& scale_of, const int32_t (&acc)[kRun], uint32_t (&word)[kRun]) {

@@ -9,7 +9,8 @@
 //             linear.cu adds.
 // Pipeline    kStages steps of 64 columns in shared memory, copied by cp.async, one barrier a step. Tokens lie in lines
 //             of 128 bytes, two tokens a line, the 16-byte chunk c of line l at chunk c ^ (l % 4): ldmatrix and the
-//             copies are free of bank conflicts. Weights lie as in global memory, a quarter's planes one behind the other.
+//             copies are free of bank conflicts. Weights lie as in global memory, a quarter's planes one behind the
+//             other.
 // Row order   A lane ends with 16 consecutive stored rows of consecutive tokens: 16-byte stores of codes, no exchange.
 //             Where quarters of several widths reorder the rows of groups, outputs pass through shared memory.
 // Widths      A warp whose group has one width runs the loop of that width, else one that asks at each quarter; all in

@@ -1,17 +1,19 @@
 // Linear layers on packed weights for Hopper (sm_90a): wgmma with the weights in registers, TMA, persistent blocks.
 //
-// Computes    acc[t, n] = sum_k a[t, k] * w[n, k], then an epilogue of epilogue.cuh. Arguments, layouts and exactness are
-//             those of gemm_sm80.cuh; the weights' layout is the same.
+// Computes    acc[t, n] = sum_k a[t, k] * w[n, k], then an epilogue of epilogue.cuh. Arguments, layouts and exactness
+//             are those of gemm_sm80.cuh; the weights' layout is the same.
 // Roles       The operands are swapped: a group of 64 weight rows is the M operand, unpacked from shared memory into
 //             registers, tokens are the N operand. A worker warpgroup computes one group times all tokens of the tile.
-//             One thread of the last warpgroup loads; it runs ahead, into the next tile while the workers store. A warp's
-//             16 rows are a quarter of the group, of its own width: where there are several, each warp asks at each step.
-// Pipeline    kStages stages of 128 columns, each with a barrier "full" (the bytes are there) and "empty" (all warps have
-//             left). Tokens come as a box of a tensor map, swizzled, with zeros beyond the matrix; a group's step is one
-//             bulk copy.
+//             One thread of the last warpgroup loads; it runs ahead, into the next tile while the workers store. A
+//             warp's 16 rows are a quarter of the group, of its own width: where there are several, each warp asks at
+//             each step.
+// Pipeline    kStages stages of 128 columns, each with a barrier "full" (the bytes are there) and "empty" (all warps
+//             have left). Tokens come as a box of a tensor map, swizzled, with zeros beyond the matrix; a group's step
+//             is one bulk copy.
 // Way out     Through shared memory (gemm_store.cuh): a thread has two rows of many tokens. Where K is cut into parts,
 //             through that of all blocks of a cluster (gemm_sm90_parts.cuh).
-// Source      PTX ISA 9.7.15 (wgmma), 9.7.13.15 (mbarrier), 9.7.9.25 (bulk copies); ../shared/docs/kernels.md 3.1 to 3.3.
+// Source      PTX ISA 9.7.15 (wgmma), 9.7.13.15 (mbarrier), 9.7.9.25 (bulk copies); ../shared/docs/kernels.md 3.1 to
+//             3.3.
 #pragma once
 
 #include <algorithm>
@@ -75,7 +77,8 @@ struct TilePlace {
   }
 };
 
-// A place in the ring of stages. Addresses are computed from the block's first byte each time: they would take registers.
+// A place in the ring of stages. Addresses are computed from the block's first byte each time: they would take
+// registers.
 template <class T>
 struct Ring {
   int widest;
@@ -418,8 +421,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #endif
 }
 
-// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster; with several parts, or where
-// it holds all rows, a cluster a tile.
+// Launches the kernel of a tile: one block an SM, which takes tiles in turn with its cluster; with several parts, or
+// where it holds all rows, a cluster a tile.
 template <Epilogue kKind, class T>
 void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
   const int bytes = wgmma_shared_bytes<T>(with.weight.widest);

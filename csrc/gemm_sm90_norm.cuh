@@ -1,14 +1,16 @@
-// LayerNorm behind a linear layer on Hopper, in the same launch: the blocks of a cluster hold all rows of a tile of tokens.
+// LayerNorm behind a linear layer on Hopper, in the same launch: the blocks of a cluster hold all rows of a tile of
+// tokens.
 //
-// Computes    y = residual + outputs, rounded to their dtype; codes = LayerNorm of y over the rows (S3), as layernorm.cu.
+// Computes    y = residual + outputs, rounded to their dtype; codes = LayerNorm of y over the rows (S3), as
+//             layernorm.cu.
 // Cluster     A block for every 128 rows (up to 8), all of the same tokens.
-// Way out     A block stages the sums of its tile where its stages lay. A thread takes the same rows of two tokens of each
-//             panel, 16 of the block's 128, adds them to the residual stream, and keeps what it wrote in registers; eight
-//             lanes then have a token's moments over the block's rows. Behind a barrier of the cluster each of them
-//             fetches one token's from all blocks, and the outputs in the registers become codes. A second barrier keeps
-//             every block there until the others have read.
-// Exactness   y as by kReal; codes bounded, like those of layernorm.cu: means are taken off block by block, and what their
-//             rounding leaves is added up beside the squares.
+// Way out     A block stages the sums of its tile where its stages lay. A thread takes the same rows of two tokens of
+//             each panel, 16 of the block's 128, adds them to the residual stream, and keeps what it wrote in
+//             registers; eight lanes then have a token's moments over the block's rows. Behind a barrier of the cluster
+//             each of them fetches one token's from all blocks, and the outputs in the registers become codes. A second
+//             barrier keeps every block there until the others have read.
+// Exactness   y as by kReal; codes bounded, like those of layernorm.cu: means are taken off block by block, and what
+//             their rounding leaves is added up beside the squares.
 // Source      reference.linear_residual_layernorm; moments of parts by Chan, Golub and LeVeque (1979); PTX ISA as of
 //             gemm_sm90_parts.cuh.
 #pragma once

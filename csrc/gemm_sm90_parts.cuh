@@ -35,8 +35,8 @@ __device__ __forceinline__ int row_of_worker() {
   return static_cast<int>(lane / 8 * 16 + static_cast<unsigned>(warp_index()) % 4 * 4 + lane / 4 % 2);
 }
 
-// A worker's sums of the tile whose first row is given, to shared memory, in the model's order and without the alignment
-// of their weights.
+// A worker's sums of the tile whose first row is given, to shared memory, in the model's order and without the
+// alignment of their weights.
 template <class T>
 __device__ __forceinline__ void stage_sums(const GemmArguments& with, int32_t (&acc)[T::kTokens / 2], int first_row,
                                            int shift) {

@@ -6,8 +6,8 @@
 
 namespace vitq {
 
-// Tiles as data, numbered on from VITQ_GEMM_TILES: index, tokens, stages, and the blocks, one below the other, that share
-// tokens. These are a cluster; where K is cut into parts, those of all parts are.
+// Tiles as data, numbered on from VITQ_GEMM_TILES: index, tokens, stages, and the blocks, one below the other, that
+// share tokens. These are a cluster; where K is cut into parts, those of all parts are.
 #define VITQ_WGMMA_TILES(X) \
   X(6, 256, 4, 2)           \
   X(7, 192, 4, 2)           \

@@ -103,9 +103,9 @@ __device__ __forceinline__ void load_pack(const unsigned char* from, uint32_t (&
   }
 }
 
-// Reads back what lies staged of all rows of the tile. A thread takes a run of 8 rows of a pack at a time, a warp 32 rows
-// of 8 packs: whole sectors for the stores, all banks for the loads. N is a multiple of the run; kWhole: and the tile has
-// no row or token beyond the matrix. `warp` of `warps` that share the work.
+// Reads back what lies staged of all rows of the tile. A thread takes a run of 8 rows of a pack at a time, a warp 32
+// rows of 8 packs: whole sectors for the stores, all banks for the loads. N is a multiple of the run; kWhole: and the
+// tile has no row or token beyond the matrix. `warp` of `warps` that share the work.
 template <Epilogue kKind, bool kWhole, class S>
 __device__ __forceinline__ void store_staged(const GemmArguments& with, void* out, const unsigned char* staged,
                                              int first_row, int first_token, unsigned warp, unsigned warps) {

@@ -45,10 +45,10 @@ __host__ __device__ constexpr int staged_element(Epilogue kind) {
   return kind == Epilogue::kCodes || kind == Epilogue::kGelu ? 1 : 4;
 }
 
-// Outputs that are reordered pass through shared memory in panels: 32 bytes of each row of the tile, four rows a line of
-// 128. Where row r of the tile lies in a panel: its quarter of the line is r ^ r / 8 (mod 4), so that neither four lanes
-// that write to rows of four quarters (place_rows of ops/mma_fragments.py sees to it) nor four that read the runs of 8
-// rows at r, r + 8, r + 16 and r + 24 meet in a bank.
+// Outputs that are reordered pass through shared memory in panels: 32 bytes of each row of the tile, four rows a line
+// of 128. Where row r of the tile lies in a panel: its quarter of the line is r ^ r / 8 (mod 4), so that neither four
+// lanes that write to rows of four quarters (place_rows of ops/mma_fragments.py sees to it) nor four that read the runs
+// of 8 rows at r, r + 8, r + 16 and r + 24 meet in a bank.
 constexpr int kPanelBytes = 32;
 __host__ __device__ constexpr int staged_offset(unsigned row) {
   return static_cast<int>((row / 4 * 4 + ((row ^ row / 8) & 3)) * kPanelBytes);
@@ -58,7 +58,8 @@ __host__ __device__ constexpr int staged_offset(unsigned row) {
 __host__ __device__ constexpr int staged_tokens(int element) { return element == 1 ? 4 : 2; }
 
 // What a pass of gemm_sm80.cuh stages: of each lane all its tokens (codes) or four (words), of all warps at once.
-// `token_of` says which token of the pass begins a pack of staged_tokens: of a pack of codes two, and kJump further two.
+// `token_of` says which token of the pass begins a pack of staged_tokens: of a pack of codes two, and kJump further
+// two.
 template <class T, int kElement>
 struct Staging {
   static constexpr int kRows = T::kRows, kOfPack = staged_tokens(kElement);

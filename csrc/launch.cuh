@@ -1,8 +1,9 @@
 // How a launcher starts a kernel: checked, in as much shared memory as it asks for. The same text in both builds.
 //
 // On Hopper a kernel's blocks start while those of the kernel in front end (programmatic dependent launch); so every
-// kernel calls follow_predecessor() (ptx.cuh) before it touches memory that any other kernel writes. tests/test_cuda_pdl.py
-// holds them to it. After a kernel that is not ours, which lets nobody in early, it is an ordinary launch.
+// kernel calls follow_predecessor() (ptx.cuh) before it touches memory that any other kernel writes.
+// tests/test_cuda_pdl.py holds them to it. After a kernel that is not ours, which lets nobody in early, it is an
+// ordinary launch.
 #pragma once
 
 #include <stdexcept>
@@ -41,8 +42,8 @@ void allow_shared_memory(Kernel* kernel, size_t bytes, const char* name) {
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-// Whether the current device runs code that has the wait: that of sm_90a, on the one GPU that takes it. Others run PTX of
-// an older architecture, from which it was left out. A driver before 12.3 cannot capture such launches in a graph.
+// Whether the current device runs code that has the wait: that of sm_90a, on the one GPU that takes it. Others run PTX
+// of an older architecture, from which it was left out. A driver before 12.3 cannot capture such launches in a graph.
 inline bool has_early_starts() {
 #ifdef VITQ_HAS_SM90A
   static const bool known_to_driver = [] {

@@ -38,8 +38,8 @@ void layernorm(const void* x, int dtype, const void* residual, void* y, const fl
 // contiguous, zero from dim on; all multiples of 16) to codes int8 [batch, sequence, heads * dim], contiguous. kappa
 // float32 [heads], levels uint8 [heads, level_count], multiplier float32 [heads, dim], zero_point int32 [heads, dim];
 // bias_q int32 by strides in elements of batch, head, query and key (0 where it broadcasts), or null; inv_tau float32
-// [heads], or null. With windows a sequence is one of them, the tokens of an image are count * sequence, and the batch of
-// bias_q is the patterns.
+// [heads], or null. With windows a sequence is one of them, the tokens of an image are count * sequence, and the batch
+// of bias_q is the patterns.
 struct AttentionOperand {
   const int8_t* data;
   int64_t batch, head, position;
@@ -58,8 +58,8 @@ void attention(AttentionOperand q, AttentionOperand k, AttentionOperand v, const
                const float* inv_tau, AttentionWindows windows, int8_t* out, int batch, int heads, int sequence, int dim,
                int padded_dim, int bits, cudaStream_t stream);
 
-// The same on wgmma (attention_sm90.cu, for sm_90a alone), without bias and inv_tau, for the dims and lengths that it takes;
-// multiplier and zero_point lie at multiples of 16 bytes.
+// The same on wgmma (attention_sm90.cu, for sm_90a alone), without bias and inv_tau, for the dims and lengths that it
+// takes; multiplier and zero_point lie at multiples of 16 bytes.
 bool attention_sm90_takes(int sequence, int dim);
 void attention_sm90(AttentionOperand q, AttentionOperand k, AttentionOperand v, const float* kappa,
                     const uint8_t* levels, int level_count, const float* multiplier, const int32_t* zero_point,
@@ -120,8 +120,8 @@ int clusters_at_once(int blocks);
 // parts > 1: of K. On wgmma, where they are 2 or 4, one kernel adds them; else partial int32 [parts, tokens, rows]
 // receives their sums, which a second one adds. native4: a holds codes of 4 bits, the weight no rows above 4, and the
 // GPU is an sm_80, 86 or 89. kNorm: a tile of wgmma of at most kMostNormTokens (more outputs do not fit the registers),
-// one part, rows a multiple of 8 and at most kMostNormRows (a cluster has up to 8 blocks), multiplier, bias_q and residual
-// given, and these, out, gain, offset and codes at multiples of 16 bytes.
+// one part, rows a multiple of 8 and at most kMostNormRows (a cluster has up to 8 blocks), multiplier, bias_q and
+// residual given, and these, out, gain, offset and codes at multiples of 16 bytes.
 constexpr int kMostNormTokens = 192, kMostNormRows = 1024;
 constexpr int kMostNormTiles = 65535;  // of tokens: grid.y
 void linear(const int8_t* a, int64_t a_stride, LinearWeight weight, int tokens, int rows, int columns,

@@ -22,10 +22,10 @@ __device__ __forceinline__ unsigned lane_index() { return threadIdx.x & 31; }
 // The same in all lanes, and known to be: what depends on it stays free of divergence.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
 
-// 9.7.13.14 griddepcontrol, of Hopper and later: until every kernel in front of this one has completed and what it wrote is
-// visible; then the next kernel's blocks may start, and wait here in their turn. Nothing that another kernel writes may be
-// read before, and nothing written that another reads (launch.cuh). Because the next kernel is let in only after the
-// wait, what it finds before its own is complete, but for what this kernel writes.
+// 9.7.13.14 griddepcontrol, of Hopper and later: until every kernel in front of this one has completed and what it
+// wrote is visible; then the next kernel's blocks may start, and wait here in their turn. Nothing that another kernel
+// writes may be read before, and nothing written that another reads (launch.cuh). Because the next kernel is let in
+// only after the wait, what it finds before its own is complete, but for what this kernel writes.
 __device__ __forceinline__ void follow_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");

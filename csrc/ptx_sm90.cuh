@@ -62,7 +62,8 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 #define VITQ_CLUSTER_BARRIER() vitq::cluster_barrier()
 
-// 9.7.9.23 mapa: the same place in the shared memory of a block of the cluster; 9.7.9.8 ld: eight bytes of it, further on.
+// 9.7.9.23 mapa: the same place in the shared memory of a block of the cluster; 9.7.9.8 ld: eight bytes of it, further
+// on.
 using ClusterPointer = uint32_t;
 __device__ __forceinline__ ClusterPointer place_in_block(const void* shared, unsigned rank) {
   ClusterPointer there;
@@ -106,8 +107,9 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsi
                : "memory");
 }
 
-// 9.7.9.25.5.2 cp.async.bulk.tensor: the map's box whose first byte is `column` of `row`; zeros beyond the matrix, which
-// count as bytes too. Rows lie in lines of 128 bytes whose 16-byte chunks are swizzled: chunk c of line l at c ^ l % 8.
+// 9.7.9.25.5.2 cp.async.bulk.tensor: the map's box whose first byte is `column` of `row`; zeros beyond the matrix,
+// which count as bytes too. Rows lie in lines of 128 bytes whose 16-byte chunks are swizzled: chunk c of line l at c ^
+// l % 8.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
@@ -126,8 +128,9 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
       : "memory");
 }
 
-// The map's box of one head of one image (head_map of tensor_map.cuh): from `column` of `position` on. Lines are as long
-// as the box is wide, 32, 64 or 128 bytes, and swizzled by their address: bit 4 (and 5, and 6) with bit 7 (and 8, 9).
+// The map's box of one head of one image (head_map of tensor_map.cuh): from `column` of `position` on. Lines are as
+// long as the box is wide, 32, 64 or 128 bytes, and swizzled by their address: bit 4 (and 5, and 6) with bit 7 (and 8,
+// 9).
 __device__ __forceinline__ void copy_head_box(void* shared, const TensorMap& map, int column, int position, int head,
                                               int image, uint64_t* barrier) {
   asm volatile(

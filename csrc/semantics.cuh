@@ -41,9 +41,9 @@ __device__ __forceinline__ uint32_t pack_bytes(uint32_t w0, uint32_t w1, uint32_
   return permute_bytes(permute_bytes(w0, w1, 0x0040), permute_bytes(w2, w3, 0x0040), 0x5410);
 }
 
-// GELU of float32 as y / (1 + 2^(-y q)), q a polynomial in y^2. Two approximate instructions (2^x, 1/x) instead of erf's
-// thirty: within 2e-7 of max(|y|, 1) if both are exact, as in the emulation (tests/test_cuda_linear.py), and within 7e-7
-// by their 2 ulp each; torch's own erf form is within 12e-7.
+// GELU of float32 as y / (1 + 2^(-y q)), q a polynomial in y^2. Two approximate instructions (2^x, 1/x) instead of
+// erf's thirty: within 2e-7 of max(|y|, 1) if both are exact, as in the emulation (tests/test_cuda_linear.py), and
+// within 7e-7 by their 2 ulp each; torch's own erf form is within 12e-7.
 __device__ __forceinline__ float times_sigmoid(float y, float q) {
   return divide_approximately(y, 1.0f + exp2_approximately(-y * q));
 }

@@ -14,8 +14,9 @@
 
 namespace vitq {
 
-// Of int8 [..., sizes[1], sizes[0]] with `strides` bytes from one to the next of each dimension but the last (strides[0]
-// is of sizes[1]), all multiples of 16 as the first byte's address, in boxes of box_columns (32, 64, 128) x box_rows.
+// Of int8 [..., sizes[1], sizes[0]] with `strides` bytes from one to the next of each dimension but the last
+// (strides[0] is of sizes[1]), all multiples of 16 as the first byte's address, in boxes of box_columns (32, 64, 128) x
+// box_rows.
 template <size_t kRank>
 using TensorSizes = std::array<int, kRank>;
 template <size_t kRank>

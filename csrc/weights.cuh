@@ -1,11 +1,11 @@
-// Packed weights of 2..8 bits, from shared memory to the B registers of an mma or the A registers of a wgmma. The layout
-// is defined, and made, in vitq_kernels/ops/mma_fragments.py; here it is undone.
+// Packed weights of 2..8 bits, from shared memory to the B registers of an mma or the A registers of a wgmma. The
+// layout is defined, and made, in vitq_kernels/ops/mma_fragments.py; here it is undone.
 //
 // A group is 64 stored rows in four quarters of 16, each of its own width. A step of a quarter is 64 columns: 8
 // registers of four bytes a lane, register 4j + 2h' + h holding, of the 8 rows of the quarter's fragment j (0, 1), the
 // columns 32 h' + 16 h + 4 (lane % 4) .. + 3 (h', h: which mma of the step, which of its two registers). The codes are
-// cut into planes of 8, 4, 2 and 1 bits from the top down (7 = 4 + 2 + 1, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1); a plane of p
-// bits holds 8 / p registers in a word and p words of a lane. So a quarter's step of b bits is b chunks of 128 bytes,
+// cut into planes of 8, 4, 2 and 1 bits from the top down (7 = 4 + 2 + 1, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1); a plane of
+// p bits holds 8 / p registers in a word and p words of a lane. So a quarter's step of b bits is b chunks of 128 bytes,
 // read by conflict-free accesses of 16, 8 and 4 bytes a lane.
 #pragma once
 

@@ -1,11 +1,11 @@
 // The CUDA execution model on a CPU: what a kernel's source needs to compile with a host compiler, and what runs it.
 //
-// Every thread of a block is a fiber; blocks run one after another, those of a cluster together. A warp instruction (mma, ldmatrix, a shuffle) is
-// computed once all 32 lanes have arrived at it; lanes that never arrive are an error. The schedule is adversarial:
-// a warp, chosen at random, runs ahead until it must wait for a barrier, its lanes in random order; a missing
-// __syncthreads() then reads what another warp has not written yet. Round-robin scheduling lets it pass.
-// What is asynchronous arrives at any time the hardware may choose, drawn at random: copies behind an mbarrier between
-// their start and the moment when nothing else can run, a wgmma between its issue and the wait that covers it.
+// Every thread of a block is a fiber; blocks run one after another, those of a cluster together. A warp instruction
+// (mma, ldmatrix, a shuffle) is computed once all 32 lanes have arrived at it; lanes that never arrive are an error.
+// The schedule is adversarial: a warp, chosen at random, runs ahead until it must wait for a barrier, its lanes in
+// random order; a missing __syncthreads() then reads what another warp has not written yet. Round-robin scheduling lets
+// it pass. What is asynchronous arrives at any time the hardware may choose, drawn at random: copies behind an mbarrier
+// between their start and the moment when nothing else can run, a wgmma between its issue and the wait that covers it.
 // Shared memory starts as garbage and is allocated to the byte, so that AddressSanitizer sees what leaves it.
 #pragma once
 
@@ -75,8 +75,8 @@ void mbarrier_arrive(void* barrier, unsigned expected_bytes);
 // Until the phase of this parity is complete; `line` names the place for plant(), -1: the numbers do not depend on it.
 void mbarrier_wait(int line, void* barrier, unsigned parity);
 
-// A copy that completes its bytes at an mbarrier, of any block of the cluster: `copy` runs when it arrives, the target is
-// garbage until then.
+// A copy that completes its bytes at an mbarrier, of any block of the cluster: `copy` runs when it arrives, the target
+// is garbage until then.
 void copy_behind_barrier(void* barrier, unsigned bytes, std::function<void()> copy);
 
 // A word for a reader of the async proxy, to whom it is garbage until the thread's next fence.

@@ -54,8 +54,8 @@ inline size_t swizzled(size_t at, int line) {
   return at ^ (at >> 7 & (chunks - 1)) << 4;
 }
 
-// A box of a map into the blocks of a mask, at the same place in each, completed at the same barrier of each. `source` is
-// its first matrix; zeros beyond it, and everywhere if it is null.
+// A box of a map into the blocks of a mask, at the same place in each, completed at the same barrier of each. `source`
+// is its first matrix; zeros beyond it, and everywhere if it is null.
 inline void copy_box_into(void* shared, const TensorMap& map, const unsigned char* source, int column, int row,
                           uint64_t* barrier, unsigned blocks) {
   const auto first = static_cast<size_t>(static_cast<unsigned char*>(shared) - shared_memory_of_block());
