@@ -125,7 +125,13 @@ def _pytest(arguments: Sequence[str], limit_s: float) -> tuple[int | None, str]:
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_interruptible,
     ) as process:
         interrupted = False
         try:
@@ -136,6 +142,11 @@ def _pytest(arguments: Sequence[str], limit_s: float) -> tuple[int | None, str]:
             output, _ = process.communicate()  # the parent kills the whole stage if this hangs
     print(output)
     return None if interrupted else process.returncode, output
+
+
+def _interruptible() -> None:
+    """In the child, before it starts: what a shell runs in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _failures(suite: ElementTree.Element, most: int = 20) -> list[dict[str, str]]:
