@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.conformance import EXACT_OPS, Case, exact_reals, expected_outputs, op_arguments, op_call
-from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close
+from tests.conformance import Case, assert_outputs, exact_reals, op_arguments, op_call
 from vitq_kernels.ops import prepare_weight, reference, use_backend
 from vitq_kernels.packing import unpack_weight
 from vitq_kernels.spec import MAX_BITS
@@ -50,7 +49,8 @@ def why_wrong(built: Built, backend: str, device: str) -> str:
                 output.view(torch.uint8).fill_(0x5A)
                 del output
             actual = _outputs(function(*arguments))
-        compare(built, actual if built is compared else [output[ends] for output in actual], expected)
+        ours = actual if built is compared else [output[ends] for output in actual]
+        assert_outputs(built, ours, expected, exact=exact_on_device)
     except Exception as error:  # a kernel that does not compile or launch here is as wrong as one that differs
         return f"{type(error).__name__}: {error}"[:500]
     return ""
@@ -60,19 +60,7 @@ def _outputs(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def compare(built: Case, actual: Sequence[Tensor], reference_outputs: tuple[Tensor, ...]) -> None:
-    """Asserts that outputs are the reference's, each by the rule of its op."""
-    for given, wanted in zip(actual, expected_outputs(built, reference_outputs, actual), strict=True):
-        got = given.to(wanted.device)
-        if built.op in EXACT_OPS:
-            assert_bitwise_equal(got, wanted)
-        elif wanted.dtype == torch.int8:
-            assert_codes_close(got, wanted)
-        else:
-            assert_reals_close(got, _exact(built), wanted)
-
-
-def _exact(built: Case) -> Tensor:
+def exact_on_device(built: Case) -> Tensor:
     """The real output in float64. A linear's sums are taken exactly by the reference: float64 products are slow."""
     given = built.arguments
     if "weight" not in given or isinstance(given["weight"], Tensor):

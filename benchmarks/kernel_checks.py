@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.built_case import Built, call_arguments, compare, why_wrong
+from benchmarks.built_case import Built, call_arguments, why_wrong
 from benchmarks.device_check import CheckFailed, StageRun
 from benchmarks.kernel_backend import KernelBackend, Layer, Tile
 from benchmarks.kernel_cases import AttentionCase, LinearCase
 from benchmarks.kernel_targets import FOUR_BIT
 from benchmarks.window_cases import window_cases
-from tests.conformance import check_values, op_arguments, reference_call
+from tests.conformance import assert_outputs, check_values, op_arguments, reference_call
 from tests.numerics import CODE_KINDS, codes, integers, reals, uniform
 from tests.op_cases import ALL_CASES, weight_codes, zero_points
 from vitq_kernels.ops import reference, use_backend
@@ -96,7 +96,7 @@ def check_tile(shape: str, tile: Tile, backend: KernelBackend, device: str) -> N
         outputs = getattr(torch.ops.vitq, case.op)(*call_arguments(case, device))
     expected = [backend.problem(layer, backend.gpu(device))]
     assert problems == expected, f"the layer asked for a tile for {problems}, expected {expected}"
-    compare(case, [outputs] if isinstance(outputs, Tensor) else outputs, tile_outputs(shape))
+    assert_outputs(case, [outputs] if isinstance(outputs, Tensor) else outputs, tile_outputs(shape))
 
 
 def _broken(device: str) -> str:

@@ -107,6 +107,7 @@ PYBIND11_MODULE(_cuda, module) {
       }));
   define(module, "linear", &vitq::linear);
   module.def("clusters_at_once", &vitq::clusters_at_once);
+  module.attr("most_with_norm") = std::make_tuple(vitq::kMostNormTokens, vitq::kMostNormRows, vitq::kMostNormTiles);
   module.def("gemm_tiles", [] {
     std::vector<std::tuple<int, int, int, int, int, bool, int>> rows;
     for (int i = 0; i < vitq::kGemmTiles; ++i) {

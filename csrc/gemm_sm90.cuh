@@ -427,7 +427,7 @@ template <Epilogue kKind, class T>
 void launch_wgmma_tile(const GemmArguments& with, int parts, cudaStream_t stream) {
   const int bytes = wgmma_shared_bytes<T>(with.weight.widest);
   const int slices = (with.weight.steps + kStepsOfStage - 1) / kStepsOfStage;
-  const int most_parts = T::kWholeRows ? 1 : std::min(slices, T::kMostParts);
+  const int most_parts = std::min(slices, T::kMostParts);
   require((parts == 1 || parts == 2 || parts == 4) && parts <= most_parts,
           "linear: parts must be 1, 2 or 4 and at most " + std::to_string(most_parts) + " on wgmma, got " +
               std::to_string(parts));

@@ -5,7 +5,7 @@ A linear weight stands in a case's arguments as a PackedWeight; a backend gets i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,24 +64,35 @@ def check_values(
 
     ``reference_floats``: the backend runs the reference's own float code, so that bounded outputs agree in every bit.
     """
-    actual = op_call(case, backend, device)
-    expected = expected_outputs(case, reference_call(like or case), actual)
-    assert len(actual) == len(expected)
-    for got, wanted in zip(actual, expected, strict=True):
+    assert_outputs(case, op_call(case, backend, device), reference_call(like or case), reference_floats)
+
+
+def assert_outputs(
+    case: Case,
+    actual: Sequence[Tensor],
+    reference_outputs: Sequence[Tensor],
+    reference_floats: bool = False,
+    exact: Callable[[Case], Tensor] | None = None,
+) -> None:
+    """Asserts that outputs are the reference's, by the rule of the op, where the reference's lie.
+
+    A norm's codes behind bounded real numbers are held against the norm of these numbers. ``reference_floats`` as of
+    ``check_values``; ``exact``: the real output in float64, ``exact_reals`` unless given.
+    """
+    assert len(actual) == len(reference_outputs)
+    moved = [got.to(wanted.device) for got, wanted in zip(actual, reference_outputs, strict=True)]
+    expected = list(reference_outputs)
+    if case.op == "linear_residual_layernorm":
+        expected[1] = reference.layernorm(
+            moved[0], *(case.arguments[name] for name in ("gain", "offset", "eps", "bits"))
+        )
+    for got, wanted in zip(moved, expected, strict=True):
         if case.op in EXACT_OPS or reference_floats:
-            assert_bitwise_equal(got.cpu(), wanted)
+            assert_bitwise_equal(got, wanted)
         elif wanted.dtype == torch.int8:
-            assert_codes_close(got.cpu(), wanted)
+            assert_codes_close(got, wanted)
         else:
-            assert_reals_close(got.cpu(), exact_reals(case), wanted)
-
-
-def expected_outputs(case: Case, wanted: tuple[Tensor, ...], actual: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The reference's outputs, of which a norm's codes are those of the bounded real numbers that came before them."""
-    if case.op != "linear_residual_layernorm":
-        return wanted
-    norm = {name: case.arguments[name] for name in ("gain", "offset", "eps", "bits")}
-    return wanted[0], reference.layernorm(actual[0].to(wanted[0].device), **norm)
+            assert_reals_close(got, (exact or exact_reals)(case), wanted)
 
 
 def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conformance import EXACT_OPS, Case, exact_reals, expected_outputs, reference_call
+from tests.conformance import Case, assert_outputs, reference_call
 from tests.conftest import BackendCase
-from tests.numerics import assert_bitwise_equal, assert_codes_close, assert_reals_close, codes, integers, uniform
+from tests.numerics import assert_bitwise_equal, codes, integers, uniform
 from tests.op_cases import CASES, weight_codes
 from vitq_kernels.ops.cuda import linear
 from vitq_kernels.ops.cuda.extension import module
@@ -83,14 +83,7 @@ def run(case: Case, device: str, input_bits: int = 8) -> tuple[Tensor, ...]:
 
 
 def check(case: Case, device: str, input_bits: int = 8) -> None:
-    actual = run(case, device, input_bits)
-    for got, wanted in zip(actual, expected_outputs(case, reference_call(case), actual), strict=True):
-        if case.op in EXACT_OPS:
-            assert_bitwise_equal(got, wanted)
-        elif wanted.dtype == torch.int8:
-            assert_codes_close(got, wanted)
-        else:
-            assert_reals_close(got, exact_reals(case), wanted)
+    assert_outputs(case, run(case, device, input_bits), reference_call(case))
 
 
 @pytest.mark.parametrize("plan", in_parts(4))

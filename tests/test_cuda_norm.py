@@ -30,6 +30,8 @@ from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.gpus import Gpu
 from vitq_kernels.ops.cuda.linear import NORM
 from vitq_kernels.ops.cuda.tiles import (
+    MOST_NORM_ROWS,
+    MOST_NORM_TILES,
     MOST_NORM_TOKENS,
     TILES,
     Plan,
@@ -194,6 +196,10 @@ def test_a_wrong_launch_is_refused(emulated: BackendCase, changes: dict[str, int
     weight = module().LinearWeight(16, 16, None, 1, 1, 8, False)
     with pytest.raises(ValueError, match=rf"^vitq_kernels._cuda: linear: {message}"):
         module().linear(16, 64, weight, 1, 64, 64, epilogue, NORM, SINGLE, False, 1, None, 16, None)
+
+
+def test_the_limits_of_the_choice_are_the_launchers(emulated: BackendCase) -> None:
+    assert module().most_with_norm == (MOST_NORM_TOKENS, MOST_NORM_ROWS, MOST_NORM_TILES)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------

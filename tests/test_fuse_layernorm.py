@@ -15,6 +15,7 @@ from tests.conftest import BackendCase
 from tests.numerics import assert_bitwise_equal
 from tests.small_swins import quantized_swin, swin_images
 from tests.small_vits import variant_images, variant_quantized
+from tests.vit_variants import images, quantized
 from vitq_kernels.nn import QuantBlock
 from vitq_kernels.ops.cuda.tiles import TILES, Plan, forced
 
@@ -72,6 +73,13 @@ def test_norms_behind_attention_are_left_alone() -> None:
     got, same = outputs_and_ops(model, images)
     assert_bitwise_equal(got, expected)
     assert same == ops
+
+
+def test_a_norm_that_is_no_layernorm_is_left_alone() -> None:
+    model, given = copy.deepcopy(quantized("rms-norm")), images(2)
+    expected = model(given)
+    assert vitq.fuse_layernorm(model) == 0
+    assert_bitwise_equal(model(given), expected)
 
 
 def test_it_compiles_and_is_exported() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,17 +14,9 @@ def linear_then_layernorm(
     """``reference.linear_residual_layernorm`` by a backend's own two ops."""
 
     def linear_residual_layernorm(
-        a: Tensor,
-        weight: list[Tensor],
-        multiplier: Tensor,
-        bias_q: Tensor,
-        residual: Tensor,
-        gain: Tensor,
-        offset: Tensor,
-        eps: float,
-        bits: int,
+        a: Tensor, weight: list[Tensor], multiplier: Tensor, bias_q: Tensor, residual: Tensor, *norm: Any
     ) -> tuple[Tensor, Tensor]:
         y = linear_residual(a, weight, multiplier, bias_q, residual)
-        return y, layernorm(y, gain, offset, eps, bits)
+        return y, layernorm(y, *norm)
 
     return linear_residual_layernorm

@@ -17,7 +17,7 @@ from vitq_kernels.ops.cuda.extension import module
 from vitq_kernels.ops.cuda.launch import DTYPES, gpu_of, is_settled, launch, pointer
 from vitq_kernels.ops.cuda.layernorm import layernorm
 from vitq_kernels.ops.cuda.tiles import NATIVE_4BIT, Plan, Problem, choose
-from vitq_kernels.ops.mma_fragments import STEP_COLS, MmaFragments
+from vitq_kernels.ops.mma_fragments import MmaFragments
 
 ALIGNMENT = 16  # bytes of a vector access: rows of ``a`` start at multiples of it
 CODES, GELU, REAL, NORM = 0, 1, 2, 4  # launchers.h, Epilogue
@@ -122,9 +122,7 @@ class _Layer:
     weight: MmaFragments
     a: Tensor  # int8 [M, K]
     shape: tuple[int, ...]  # of the outputs
-    widest: int
-    reordered: bool
-    native4: bool
+    problem: Problem
     plan: Plan
 
     @classmethod
@@ -133,8 +131,8 @@ class _Layer:
         w, a2d, n, gpu = MmaFragments.of(weight), _rows(a), multiplier.shape[0], gpu_of(a)
         widest, reordered = w.present()[-1], w.order.shape[0] > 0
         native4 = w.input_bits <= 4 and widest <= 4 and gpu.cc in NATIVE_4BIT
-        plan = choose(Problem(a2d.shape[0], n, a2d.shape[1], widest, reordered, native4, words, norm), gpu)
-        return cls(w, a2d, (*a.shape[:-1], n), widest, reordered, native4, plan)
+        problem = Problem(a2d.shape[0], n, a2d.shape[1], widest, reordered, native4, words, norm)
+        return cls(w, a2d, (*a.shape[:-1], n), problem, choose(problem, gpu))
 
 
 def _linear(
@@ -155,7 +153,8 @@ def _launch(
     **vectors: Tensor | None,
 ) -> Tensor:
     """``vectors`` are those of EpilogueArguments (csrc/launchers.h) by name."""
-    a, w, plan, (m, k), n = layer.a, layer.weight, layer.plan, layer.a.shape, layer.shape[-1]
+    a, w, problem, plan = layer.a, layer.weight, layer.problem, layer.plan
+    m, n, k = problem.tokens, problem.rows, problem.cols
     out = a.new_empty(layer.shape, dtype=out_dtype)
     partial = a.new_empty((plan.parts, m, n), dtype=torch.int32) if plan.has_workspace else None
 
@@ -175,13 +174,12 @@ def _launch(
         eps,
         pointer(given.get("codes")),
     )
-    steps = -(-k // STEP_COLS)
     settled = all([is_settled(w.chunks), is_settled(w.groups)])  # both are noted
-    order = w.order if layer.reordered else None
+    order = w.order if problem.reordered else None
     arranged = module().LinearWeight(
-        *map(pointer, (w.chunks, w.groups, order)), w.groups.shape[0], steps, layer.widest, settled
+        *map(pointer, (w.chunks, w.groups, order)), w.groups.shape[0], problem.steps, problem.widest, settled
     )
-    how = (epilogue, kind, plan.tile, layer.native4, plan.parts, partial, out)
+    how = (epilogue, kind, plan.tile, problem.native4, plan.parts, partial, out)
     launch("linear", a, a, a.stride(0), arranged, m, n, k, *how)
     return out
 
